@@ -1,0 +1,39 @@
+# Two commands: `make quickstart` trains and shows a small model, `make test` runs the tests. Both make .venv first.
+
+PYTHON ?= python3
+ALGO ?= rho1-tokenskip
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python -m wmtp_jax.main --config=configs/quickstart.py --workdir=runs/quickstart --resume=never \
+	  --config.weighting.algorithm=$(ALGO)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow and not gpu and not mps" $(ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "slow and not gpu and not mps" $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet -e . -c constraints.txt
+	touch $@
+
+# torch goes first: pip then finds it installed, at the pinned version, and looks for no other build of it.
+$(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install --quiet torch -c constraints.txt
+	$(PIP) install --quiet -e ".[torch,test]" -c constraints.txt
+	touch $(VENV)/.installed $@

@@ -1,0 +1,141 @@
+"""What the command-line entry files share: flags parsed with one-line errors, and errors turned into exit codes.
+
+Exit codes: 0 done, 2 an error the user can put right (a wrong flag included), 3 a non-finite loss, 130 and 143 stopped by
+SIGINT and SIGTERM. A bug ends in a traceback and 1.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from wmtp_jax.errors import NonFiniteLoss, UserError
+
+
+class Stopped(Exception):
+    """A run left cleanly because of a signal; carries its number."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopSignals:
+    """While open, SIGINT and SIGTERM set `received` instead of ending the process; a second SIGINT ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def define_run_flags() -> None:
+    """The flags of both trainers: `--config` and how to run it."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "The recipe and its target: configs/NAME.py[:local|mps|gpu|vessl]. Any key can be changed with "
+        "--config.SECTION.KEY=VALUE; wmtp_jax/config.py lists every key with its meaning.",
+        lock_config=True,
+    )
+    flags.DEFINE_string("workdir", None, "The run directory. By default runs/RUN_NAME.")
+    flags.DEFINE_string("run_name", None, "Name of the run in MLflow. By default the recipe's name and the algorithm.")
+    flags.DEFINE_list("tags", [], "MLflow tags, KEY=VALUE[,KEY=VALUE...].")
+    flags.DEFINE_string(
+        "resume",
+        "auto",
+        "auto: go on where the run directory stopped, or start; never: start anew, replacing what is there; PATH: start "
+        "from the state in another run directory or checkpoint.",
+    )
+    flags.DEFINE_bool("dry_run", False, "Resolve everything, print the plan (data, shapes, memory) and train nothing.")
+    flags.DEFINE_bool("verbose", False, "Print the whole configuration and the libraries' own log lines.")
+    flags.DEFINE_string("device", None, "Where to compute, e.g. cpu, cuda or mps. By default the best there is.")
+
+
+def parse_tags(tags: list[str]) -> dict[str, str]:
+    """`["a=b"] -> {"a": "b"}`."""
+    parsed = {}
+    for tag in tags:
+        key, equals, value = tag.partition("=")
+        if not key or not equals:
+            raise UserError(f"--tags: {tag!r} is not KEY=VALUE")
+        parsed[key] = value
+    return parsed
+
+
+def recipe_name(config_flag: str) -> str:
+    """`configs/rho1_weighted.py:gpu -> rho1_weighted`."""
+    return config_flag.rpartition("/")[2].split(".py")[0]
+
+
+def run(main: Callable[[], None], *, description: str, required: tuple[str, ...] = ()) -> None:
+    """Parses `sys.argv` into absl's FLAGS, calls `main`, and ends the process with the exit code of what happened."""
+    try:
+        if any(argument in ("--help", "-h", "-help") for argument in sys.argv[1:]):
+            print(f"{description.strip()}\n\n{_flags_help()}")
+            sys.exit(0)
+        try:
+            rest = flags.FLAGS(sys.argv)
+        except flags.Error as error:
+            raise UserError(_first_line(error)) from error
+        except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
+            # config_flags runs the recipe and sets its keys while it parses, and lets whatever happens there through.
+            raise UserError(f"--config: {_first_line(error)}") from error
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+        for name in required:
+            if flags.FLAGS[name].value is None:
+                raise UserError(f"--{name} is needed; see --help")
+        main()
+    except UserError as error:
+        _fail(error, 2)
+    except NonFiniteLoss as error:
+        _fail(error, 3)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"error: {_first_line(error)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, KeyError) and error.args:
+        error = error.args[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _flags_help() -> str:
+    lines = ["Flags:"]
+    for module, defined in sorted(flags.FLAGS.flags_by_module_dict().items()):
+        if not module.startswith(("wmtp", "__main__")) and module != sys.argv[0]:
+            continue
+        for flag in sorted(defined, key=lambda flag: flag.name):
+            shown = "" if flag.default in (None, [], "") else f" (default {flag.default})"
+            lines.append(f"  --{flag.name}: {flag.help}{shown}")
+    return "\n".join(lines)
+
+
+def config_from_flags() -> ConfigDict:
+    """The recipe with the command line's changes."""
+    return flags.FLAGS.config

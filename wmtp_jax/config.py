@@ -1,0 +1,362 @@
+"""Every key of a configuration, once, with its default and what it means; `validate` refuses what can't run.
+
+Recipes in `configs/` start from `defaults()`, change what they need and return it. The tree is locked: a key that is not
+here can't be set, from a recipe or from the command line. Only the command-line entry files and `train.py` read it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from wmtp_jax.errors import UserError
+
+TARGETS = ("local", "mps", "gpu", "vessl")
+
+# Algorithms and what each needs besides the model's own losses: "" nothing, or a reference model, or a value function.
+ALGORITHMS = {
+    "baseline-mtp": "",
+    "critic-wmtp": "values",
+    "rho1-weighted": "reference",
+    "rho1-tokenskip": "reference",
+    "confidence": "",
+    "focal": "",
+    "entropy": "",
+    "gradient": "",
+    "head-decay": "",
+    "hybrid": "",
+}
+SCORE_FORMS = ("default", "exponential", "top_fraction", "softmax_over_heads")
+# The algorithms that are a score turned into a weight, so that the form of the weight is a choice.
+SCORED_ALGORITHMS = ("critic-wmtp", "rho1-weighted", "rho1-tokenskip", "gradient")
+HYBRID_MEMBERS = ("confidence", "focal", "entropy", "gradient", "head-decay")
+SCOPES = ("position", "sequence", "batch", "head")
+HEAD_KINDS = ("linear", "block", "sequential")
+# An early-stopping or best-checkpoint metric is one of the evaluation's, and lower is better for all of them.
+SINGLE_METRICS = ("eval/bits_per_byte", "eval/ce_mean")
+
+
+def check_target(target: str) -> None:
+    """Refuses a target that no recipe has.
+
+    Raises:
+      UserError: names the ones there are.
+    """
+    if target not in TARGETS:
+        raise UserError(f"--config=...:{target}: no such target; choose one of " + ", ".join(TARGETS))
+
+
+def model_defaults() -> ConfigDict:
+    """The decoder's settings: together they cover the Llama, Qwen2, Qwen3 and GPT-2 families."""
+    c = ConfigDict()
+    c.width = 128  # D, the size of the residual stream
+    c.layers = 2  # transformer layers on the path of head 0
+    c.attention_heads = 4  # query heads
+    c.kv_heads = 0  # key and value heads (grouped-query attention); 0: as many as query heads
+    c.head_dim = 0  # size of one attention head; 0: width / attention_heads
+    c.mlp_width = 0  # hidden size of the feed-forward part; 0: 8/3 width for swiglu, 4 width for gelu, rounded up to 32
+    c.activation = "swiglu"  # swiglu | gelu (the tanh form of GPT-2)
+    c.norm = "rmsnorm"  # rmsnorm | layernorm
+    c.norm_epsilon = 1e-6
+    c.positions = "rope"  # rope | learned
+    c.rope_theta = 10_000.0  # base of the rotary frequencies
+    c.max_positions = 0  # rows of the table of learned positions; 0: data.sequence_length
+    c.qkv_bias = False  # biases in the query, key and value projections (Qwen2)
+    c.linear_bias = False  # biases in every other projection, too (GPT-2)
+    c.qk_norm = False  # RMSNorm of queries and keys per head (Qwen3)
+    c.tie_embeddings = False  # head 0 uses the embedding as its unembedding
+    c.initial_scale = 0.02  # standard deviation of the initial weights
+    c.compute_dtype = "float32"  # float32 | bfloat16, of activations and products; parameters and losses stay float32
+    c.remat = "none"  # what the backward pass recomputes: none | layer (all but each layer's input) | dots (all but products)
+    c.heads = ConfigDict()
+    c.heads.count = 4  # H: every position predicts the next H tokens
+    c.heads.kind = "linear"  # linear | block (Meta, arXiv 2404.19737) | sequential (DeepSeek-V3, arXiv 2412.19437)
+    return c
+
+
+def defaults() -> ConfigDict:
+    """The whole tree with its defaults: small, on a CPU, on the standard library's own source."""
+    c = ConfigDict()
+
+    c.data = ConfigDict()
+    c.data.sources = ("python-stdlib",)  # python-stdlib | jsonl:PATH (objects with `text`) | text:GLOB
+    c.data.source_weights = ()  # share of rows from each source; (): in proportion to their size
+    c.data.validation_fraction = 0.03  # share of documents held out, chosen by a hash of their identity
+    c.data.sequence_length = 256  # S: tokens a row
+    c.data.tokenizer = "bpe"  # bpe (byte-level, trained on the sources) | a directory or hub name of `transformers`
+    c.data.vocabulary_size = 1024  # of the trained bpe; ignored where a tokenizer is named
+    c.data.cache_dir = ""  # where tokenised corpora are kept; "": $XDG_CACHE_HOME/wmtp or ~/.cache/wmtp
+    c.data.prefetch = 4  # batches prepared ahead of the step
+
+    c.model = model_defaults()
+
+    c.weighting = ConfigDict()
+    c.weighting.algorithm = "baseline-mtp"  # one of ALGORITHMS
+    c.weighting.form = "default"  # how a score becomes a weight: default (the algorithm's own) or one of SCORE_FORMS
+    c.weighting.scope = "head"  # within what the weights have mean one: position | sequence | batch | head
+    c.weighting.fraction = 0.7  # top_fraction: the share that is kept
+    c.weighting.temperature = 1.0  # exponential: of the standardised scores
+    c.weighting.low = 0.1  # exponential: smallest weight before normalisation
+    c.weighting.high = 3.0  # exponential: largest weight before normalisation
+    c.weighting.softmax_temperature = 0.7  # softmax_over_heads: of the raw scores
+    c.weighting.signed = True  # excess loss keeps its sign (Rho-1); False: its absolute value
+    c.weighting.threshold = 0.0  # excess losses smaller than this in magnitude count as 0
+    c.weighting.gamma = 2.0  # focal: (1 - p)^gamma
+    c.weighting.decay = 0.8  # head-decay: decay^k
+    c.weighting.members = ("entropy", "head-decay")  # hybrid: the families combined (weighted geometric mean)
+    c.weighting.coefficients = (0.5, 0.5)  # hybrid: the exponent of each member
+    c.weighting.permute = False  # a control: the same weights, dealt out at random among the valid entries
+    c.weighting.start_step = 0  # weights are uniform before this step (a warm-up without weighting)
+
+    c.reference = ConfigDict()  # for the rho1 algorithms
+    c.reference.path = ""  # a run directory or checkpoint of this program; "": train one first, see steps
+    c.reference.alignment = "next_token"  # next_token (from each target's own prefix) | same_prefix (an MTP reference)
+    c.reference.steps = 0  # where path is "": steps of the reference's own run; 0: refuse to start without a path
+    c.reference.model = model_defaults()
+    c.reference.model.heads.count = 1
+
+    c.train = ConfigDict()
+    c.train.seed = 0
+    c.train.steps = 1000  # updates; 0 where epochs say how long
+    c.train.epochs = 0.0  # passes over the training rows; 0 where steps say how long
+    c.train.batch_size = 8  # rows an update, over all devices, processes and accumulation steps
+    c.train.accumulation = 1  # micro-batches an update
+    c.train.loss_chunk = 0  # tokens whose logits are held at once; 0: chosen by the loss
+    c.train.log_every = 50
+    c.train.nonfinite_limit = 0  # non-finite updates that are skipped and counted before the run stops; 0: stop at the first
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw | muon (matrices by Muon, embeddings, heads' unembeddings and vectors by AdamW)
+    c.optimizer.learning_rate = 3e-3  # of AdamW
+    c.optimizer.muon_learning_rate = 0.02  # of Muon's matrices
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.epsilon = 1e-8
+    c.optimizer.weight_decay = 0.0  # decoupled, on matrices only
+    c.optimizer.clip_norm = 1.0  # global norm of the gradient; 0: off
+    c.optimizer.schedule = "cosine"  # cosine | wsd (warm-up, stable, decay) | constant
+    c.optimizer.warmup_steps = 50
+    c.optimizer.decay_fraction = 0.2  # wsd: the last share of the run, over which the rate falls linearly
+    c.optimizer.final_fraction = 0.1  # the learning rate at the end as a share of the highest
+
+    c.eval = ConfigDict()
+    c.eval.every = 500  # steps between evaluations; one is made before the first and after the last; 0: only those
+    c.eval.batches = 32  # validation batches each time, spread over the validation rows
+    c.eval.stop_metric = ""  # early stopping on this evaluation metric (lower is better); "": off
+    c.eval.patience = 3  # evaluations without a better value before stopping
+    c.eval.token_rows = 8  # validation rows whose weights and losses go to tokens/STEP.npz; 0: none
+    c.eval.bigram = True  # compare with an interpolated bigram model at the end
+    c.eval.completions = 3  # sampled completions of validation code shown at the end
+    c.eval.completion_tokens = 96
+    c.eval.completion_temperature = 0.7
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 500  # steps between saves; the last step is always saved; 0: only that
+    c.checkpoint.keep_last = 2
+    c.checkpoint.best_metric = "eval/bits_per_byte"  # the save with its lowest value is kept as well; "": none
+
+    c.tracking = ConfigDict()
+    c.tracking.enabled = True
+    c.tracking.uri = ""  # "": a sqlite store beside the run directory; or sqlite:///PATH, http://HOST:PORT
+    c.tracking.experiment = "wmtp"
+
+    c.lock()
+    return c
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) for every leaf, in the order of declaration."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _refuse(key: str, value: Any, must: str) -> None:
+    raise UserError(f"config.{key} = {value!r}: must be {must}")
+
+
+def _check_declared(config: ConfigDict, reference: ConfigDict) -> None:
+    """Same keys and types as the defaults: a recipe may have unlocked the tree, or replaced a part of it."""
+    have, want = dict(flatten(config)), dict(flatten(reference))
+    for key in have:
+        if key not in want:
+            raise UserError(f"config.{key}: unknown key; every key is declared in wmtp_jax/config.py")
+    for key, default in want.items():
+        if key not in have:
+            raise UserError(f"config.{key}: missing; start a recipe from wmtp_jax.config.defaults()")
+        value = have[key]
+        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+            continue
+        if type(value) is not type(default):
+            _refuse(key, value, f"a {type(default).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            _refuse(key, value, "finite")
+
+
+def _validate_model(c: ConfigDict, prefix: str) -> None:
+    for key in ("width", "layers", "attention_heads"):
+        if c[key] < 1:
+            _refuse(prefix + key, c[key], "at least 1")
+    for key in ("kv_heads", "head_dim", "mlp_width", "max_positions"):
+        if c[key] < 0:
+            _refuse(prefix + key, c[key], "0 or more")
+    if c.head_dim == 0 and c.width % c.attention_heads:
+        _refuse(prefix + "width", c.width, f"a multiple of attention_heads ({c.attention_heads}), or set head_dim")
+    if c.kv_heads and c.attention_heads % c.kv_heads:
+        _refuse(prefix + "kv_heads", c.kv_heads, f"a divisor of attention_heads ({c.attention_heads})")
+    if c.positions == "rope" and (c.head_dim or c.width // c.attention_heads) % 2:
+        _refuse(prefix + "head_dim", c.head_dim or c.width // c.attention_heads, "even where positions = 'rope'")
+    choices = {
+        "activation": ("swiglu", "gelu"),
+        "norm": ("rmsnorm", "layernorm"),
+        "positions": ("rope", "learned"),
+        "compute_dtype": ("float32", "bfloat16"),
+        "remat": ("none", "layer", "dots"),
+    }
+    for key, allowed in choices.items():
+        if c[key] not in allowed:
+            _refuse(prefix + key, c[key], " | ".join(allowed))
+    for key in ("norm_epsilon", "rope_theta", "initial_scale"):
+        if c[key] <= 0:
+            _refuse(prefix + key, c[key], "above 0")
+    if c.heads.count < 1:
+        _refuse(prefix + "heads.count", c.heads.count, "at least 1")
+    if c.heads.kind not in HEAD_KINDS:
+        _refuse(prefix + "heads.kind", c.heads.kind, " | ".join(HEAD_KINDS))
+
+
+def _validate_weighting(config: ConfigDict) -> None:
+    c = config.weighting
+    if c.algorithm not in ALGORITHMS:
+        _refuse("weighting.algorithm", c.algorithm, " | ".join(ALGORITHMS))
+    if c.form not in SCORE_FORMS:
+        _refuse("weighting.form", c.form, " | ".join(SCORE_FORMS))
+    if c.form != "default" and c.algorithm not in SCORED_ALGORITHMS:
+        _refuse("weighting.form", c.form, f"'default' for {c.algorithm}: it makes its weights without a score")
+    if c.scope not in SCOPES:
+        _refuse("weighting.scope", c.scope, " | ".join(SCOPES))
+    if not 0 < c.fraction <= 1 or abs(c.fraction * 1000 - round(c.fraction * 1000)) > 1e-9:
+        _refuse("weighting.fraction", c.fraction, "in (0, 1], in whole thousandths")
+    for key in ("temperature", "softmax_temperature", "high", "decay"):
+        if c[key] <= 0:
+            _refuse(f"weighting.{key}", c[key], "above 0")
+    for key in ("low", "threshold", "gamma", "start_step"):
+        if c[key] < 0:
+            _refuse(f"weighting.{key}", c[key], "0 or more")
+    if c.low > c.high:
+        _refuse("weighting.low", c.low, f"at most weighting.high ({c.high})")
+    if len(c.members) != len(c.coefficients) or not c.members:
+        _refuse("weighting.coefficients", c.coefficients, f"one number for each of weighting.members {c.members}")
+    for member in c.members:
+        if member not in HYBRID_MEMBERS:
+            _refuse("weighting.members", member, " | ".join(HYBRID_MEMBERS))
+    if config.weighting.scope == "position" and config.model.heads.count == 1 and c.algorithm != "baseline-mtp":
+        _refuse("weighting.scope", c.scope, "sequence, batch or head where model.heads.count is 1: one head has nothing to share")
+
+
+def _validate_reference(config: ConfigDict) -> None:
+    c = config.reference
+    if c.alignment not in ("next_token", "same_prefix"):
+        _refuse("reference.alignment", c.alignment, "next_token | same_prefix")
+    if c.steps < 0:
+        _refuse("reference.steps", c.steps, "0 or more")
+    if ALGORITHMS[config.weighting.algorithm] != "reference":
+        return
+    if not c.path and not c.steps:
+        raise UserError(
+            f"config.weighting.algorithm = {config.weighting.algorithm!r} needs a reference model: set "
+            "config.reference.path to a trained run, or config.reference.steps to train one first"
+        )
+    if not c.path:
+        _validate_model(c.model, "reference.model.")
+        if c.alignment == "same_prefix" and c.model.heads.count < config.model.heads.count:
+            _refuse(
+                "reference.model.heads.count", c.model.heads.count,
+                f"at least model.heads.count ({config.model.heads.count}) where reference.alignment = 'same_prefix'",
+            )  # fmt: skip
+
+
+def _validate_run(config: ConfigDict) -> None:
+    data, train, optimizer = config.data, config.train, config.optimizer
+    if not data.sources:
+        _refuse("data.sources", data.sources, "at least one of python-stdlib, jsonl:PATH, text:GLOB")
+    if data.source_weights and len(data.source_weights) != len(data.sources):
+        _refuse("data.source_weights", data.source_weights, f"one weight for each of {len(data.sources)} sources, or ()")
+    if any(not isinstance(w, (int, float)) or not w > 0 for w in data.source_weights):
+        _refuse("data.source_weights", data.source_weights, "numbers above 0")
+    if not 0 < data.validation_fraction < 1:
+        _refuse("data.validation_fraction", data.validation_fraction, "between 0 and 1")
+    if data.sequence_length <= config.model.heads.count:
+        _refuse("data.sequence_length", data.sequence_length, f"above model.heads.count ({config.model.heads.count})")
+    if data.tokenizer == "bpe" and data.vocabulary_size < 257:
+        _refuse("data.vocabulary_size", data.vocabulary_size, "at least 257 (256 bytes and the end of text)")
+    if data.prefetch < 0:
+        _refuse("data.prefetch", data.prefetch, "0 or more")
+    max_positions = config.model.max_positions
+    if config.model.positions == "learned" and 0 < max_positions < data.sequence_length:
+        _refuse("model.max_positions", max_positions, f"at least data.sequence_length ({data.sequence_length}), or 0")
+    if (train.steps > 0) == (train.epochs > 0) or train.steps < 0 or train.epochs < 0:
+        raise UserError("config.train.steps and config.train.epochs: exactly one must be above 0, the other 0")
+    for key in ("batch_size", "accumulation", "log_every"):
+        if train[key] < 1:
+            _refuse(f"train.{key}", train[key], "at least 1")
+    if train.batch_size % train.accumulation:
+        _refuse("train.accumulation", train.accumulation, f"a divisor of train.batch_size ({train.batch_size})")
+    for key in ("seed", "loss_chunk", "nonfinite_limit"):
+        if train[key] < 0:
+            _refuse(f"train.{key}", train[key], "0 or more")
+    if optimizer.name not in ("adamw", "muon"):
+        _refuse("optimizer.name", optimizer.name, "adamw | muon")
+    if optimizer.schedule not in ("cosine", "wsd", "constant"):
+        _refuse("optimizer.schedule", optimizer.schedule, "cosine | wsd | constant")
+    for key in ("learning_rate", "muon_learning_rate", "epsilon"):
+        if optimizer[key] <= 0:
+            _refuse(f"optimizer.{key}", optimizer[key], "above 0")
+    for key in ("b1", "b2"):
+        if not 0 <= optimizer[key] < 1:
+            _refuse(f"optimizer.{key}", optimizer[key], "in [0, 1)")
+    for key in ("decay_fraction", "final_fraction"):
+        if not 0 <= optimizer[key] <= 1:
+            _refuse(f"optimizer.{key}", optimizer[key], "in [0, 1]")
+    for key in ("weight_decay", "clip_norm", "warmup_steps"):
+        if optimizer[key] < 0:
+            _refuse(f"optimizer.{key}", optimizer[key], "0 or more")
+
+
+def _validate_outputs(config: ConfigDict) -> None:
+    evaluation, checkpoint = config.eval, config.checkpoint
+    metrics = SINGLE_METRICS + tuple(f"eval/ce_head_{k}" for k in range(config.model.heads.count))
+    for key, value in (("eval.stop_metric", evaluation.stop_metric), ("checkpoint.best_metric", checkpoint.best_metric)):
+        if value and value not in metrics:
+            _refuse(key, value, "'' or one of " + ", ".join(metrics))
+    for key in ("every", "token_rows", "completions"):
+        if evaluation[key] < 0:
+            _refuse(f"eval.{key}", evaluation[key], "0 or more")
+    for key in ("batches", "patience", "completion_tokens"):
+        if evaluation[key] < 1:
+            _refuse(f"eval.{key}", evaluation[key], "at least 1")
+    if evaluation.completion_temperature < 0:
+        _refuse("eval.completion_temperature", evaluation.completion_temperature, "0 or more")
+    if checkpoint.every < 0:
+        _refuse("checkpoint.every", checkpoint.every, "0 or more")
+    if checkpoint.keep_last < 1:
+        _refuse("checkpoint.keep_last", checkpoint.keep_last, "at least 1")
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks the whole tree before anything is read, built or written.
+
+    Raises:
+      UserError: one line that names the key, its value and what it must be.
+    """
+    _check_declared(config, defaults())
+    _validate_model(config.model, "model.")
+    _validate_weighting(config)
+    _validate_reference(config)
+    _validate_run(config)
+    _validate_outputs(config)

@@ -1,0 +1,189 @@
+"""Where documents come from: `python-stdlib`, `jsonl:PATH`, `text:GLOB`; read one by one, checked as they are read."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import os
+import sysconfig
+import tokenize
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from wmtp_jax.errors import UserError
+
+KNOWN_SOURCES = "python-stdlib, jsonl:PATH (objects with `text`), text:GLOB"
+
+# Tests and what pip installed are not the library's own source, and differ most between machines.
+_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class Document(NamedTuple):
+    """One text. Its identity decides whether it is held out: a file's name, or "" where the text is all there is."""
+
+    identity: str
+    text: str
+
+
+class SourceFile(NamedTuple):
+    """A file as it stood when the source was opened."""
+
+    path: str
+    name: str  # the same on every machine: relative to the source's root
+    size: int  # bytes
+    mtime_ns: int
+
+
+class Hash(Protocol):
+    """What `hashlib` makes."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named collection of files, and how one of them is read.
+
+    `read(file, digest)` yields the file's documents in order, None in place of one that can't be decoded where the kind
+    of source drops such (`python-stdlib`), and feeds every byte of the file to `digest`.
+    """
+
+    name: str  # as the configuration has it
+    location: str  # absolute: the same name means other files in another working directory
+    files: tuple[SourceFile, ...]
+    read: Callable[[SourceFile, Hash], Iterator[Document | None]]
+
+
+def open_source(name: str) -> Source:
+    """Finds the files of a source; opens none of them.
+
+    Args:
+      name: `python-stdlib`, `jsonl:PATH` or `text:GLOB`; PATH may be a glob, `**` matches directories, `~` is a home.
+
+    Raises:
+      UserError: an unknown kind of source, or one without a file.
+    """
+    kind, _, pattern = name.partition(":")
+    match kind:
+        case "python-stdlib" if not pattern:
+            root = sysconfig.get_path("stdlib")
+            return Source(name, root, tuple(_stdlib_files(root)), _read_python)
+        case "jsonl" if pattern:
+            return _glob_source(name, pattern, _read_jsonl)
+        case "text" if pattern:
+            return _glob_source(name, pattern, _read_text)
+    raise UserError(f"config.data.sources: unknown source {name!r}; known are {KNOWN_SOURCES}")
+
+
+def _stat(path: str, name: str) -> SourceFile:
+    stat = os.stat(path)
+    return SourceFile(path, name, stat.st_size, stat.st_mtime_ns)
+
+
+def _stdlib_files(root: str) -> Iterator[SourceFile]:
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = sorted(set(subdirectories) - _STDLIB_LEFT_OUT)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                path = os.path.join(directory, name)
+                yield _stat(path, Path(path).relative_to(root).as_posix())
+
+
+def _glob_source(name: str, pattern: str, read: Callable[[SourceFile, Hash], Iterator[Document | None]]) -> Source:
+    pattern = os.path.abspath(os.path.expanduser(pattern))
+    if os.path.isdir(pattern):
+        raise UserError(f"config.data.sources: {name} is a directory; name its files, as in {name.rstrip('/')}/**/*")
+    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    paths = [path for path in paths if os.path.isfile(path)]
+    if not paths:
+        raise UserError(f"config.data.sources: {name}: no such file ({pattern})")
+    fixed = pattern if os.path.exists(pattern) else pattern[: min(i for i in map(pattern.find, "*?[") if i >= 0)]
+    root = os.path.dirname(fixed)
+    return Source(name, pattern, tuple(_stat(path, os.path.relpath(path, root)) for path in paths), read)
+
+
+def _read_bytes(file: SourceFile, digest: Hash) -> bytes:
+    try:
+        data = Path(file.path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
+    digest.update(data)
+    return data
+
+
+def _read_python(file: SourceFile, digest: Hash) -> Iterator[Document | None]:
+    """As `tokenize.open` reads it: the encoding that the file declares, line ends made "\\n"."""
+    data = _read_bytes(file, digest)
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        text = io.TextIOWrapper(io.BytesIO(data), encoding).read()
+    except (SyntaxError, UnicodeDecodeError):
+        yield None
+        return
+    yield Document(file.name, text)
+
+
+def _read_text(file: SourceFile, digest: Hash) -> Iterator[Document | None]:
+    data = _read_bytes(file, digest)
+    try:
+        yield Document(file.name, data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file.path}: byte {error.start} (0x{error.object[error.start]:02x}) is not UTF-8 text; "
+            "convert the file to UTF-8 or leave it out of config.data.sources"
+        ) from error
+
+
+def _read_jsonl(file: SourceFile, digest: Hash) -> Iterator[Document | None]:
+    try:
+        with open(file.path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                digest.update(line)
+                if line.strip():
+                    yield Document("", _jsonl_text(line, f"{file.path}:{number}"))
+    except OSError as error:
+        raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
+
+
+def _jsonl_text(line: bytes, where: str) -> str:
+    """The `text` of one line of JSON; `where` is "FILE:LINE" for messages."""
+    try:
+        entry = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"{where}: byte {error.start} of the line (0x{byte:02x}) is not UTF-8 text") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deep
+        raise UserError(f"{where}: not JSON that Python can read: {error}") from error
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: the line is {_json_type(entry)}, not an object with a field `text`")
+    if "text" not in entry:
+        raise UserError(f"{where}: the object has no field `text` (it has {', '.join(map(repr, entry)) or 'none'})")
+    text = entry["text"]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the field `text` is {_json_type(text)}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: `text` holds half of a surrogate pair at character {error.start}") from error
+    return text
+
+
+def _json_type(value: object) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"

@@ -1,0 +1,33 @@
+"""The one place that talks to jax about platforms: which device, and where compiled programs are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+from wmtp_jax.errors import UserError
+
+
+def choose_device(name: str | None) -> jax.Device:
+    """Makes `name` (cpu, cuda, tpu; None: the best there is) the platform that everything runs on.
+
+    Raises:
+      UserError: there is no such device here.
+    """
+    if name is not None:
+        jax.config.update("jax_platforms", name)
+    try:
+        return jax.devices()[0]
+    except RuntimeError as error:
+        raise UserError(f"--device={name}: not available here; leave the flag away or install jax for it") from error
+
+
+def keep_compiled_programs() -> None:
+    """Turns on jax's persistent compilation cache, so that the second run of a recipe starts at once."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(base / "wmtp" / "xla"))
+    # By default only programs that took over a second are kept; a start-up is made of many that take less.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,175 @@
+"""The parts of a decoder layer.
+
+Shapes: B rows, S positions, D width, N query heads, K key/value heads, C head size, F mlp width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wmtp_jax.settings import ModelSettings, rotary_frequencies
+
+Array = jax.Array
+
+
+class Context:
+    """What every layer of one forward pass shares: rotary tables and the attention mask.
+
+    Attributes:
+      rotary: (cos, sin) `[B, S, C]` float32, or None for learned positions.
+      mask: `[B, 1, S, S]` bool, query position s may read key position t.
+    """
+
+    def __init__(self, rotary: tuple[Array, Array] | None, mask: Array):
+        self.rotary = rotary
+        self.mask = mask
+
+
+jax.tree_util.register_pytree_node(Context, lambda c: ((c.rotary, c.mask), None), lambda _, parts: Context(*parts))
+
+
+def rotary_tables(positions: Array, settings: ModelSettings) -> tuple[Array, Array]:
+    """Cosines and sines of the rotary embedding (arXiv 2104.09864), `[B, S, C]`, both halves of C alike."""
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(settings)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles) * settings.rope_attention_factor, jnp.sin(angles) * settings.rope_attention_factor
+
+
+def rotate(x: Array, rotary: tuple[Array, Array]) -> Array:
+    """Applies the tables to `x [B, S, heads, C]`; pairs are (i, i + C/2), as in the published Llama weights."""
+    cos, sin = (table[:, :, None, :].astype(x.dtype) for table in rotary)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+def attention_mask(segment_ids: Array) -> Array:
+    """`[B, S] -> [B, 1, S, S]`: causal, and within one segment. Padding (0) reads padding, so that no row is empty."""
+    length = segment_ids.shape[-1]
+    causal = jnp.tril(jnp.ones((length, length), dtype=bool))
+    return (causal & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None]
+
+
+class Norm(nnx.Module):
+    """RMSNorm, or LayerNorm with a bias, over the last axis; computed in float32."""
+
+    def __init__(self, size: int, settings: ModelSettings, *, kind: str | None = None):
+        self.kind = kind or settings.norm
+        self.epsilon = settings.norm_epsilon
+        self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
+        if self.kind == "layernorm":
+            self.bias = nnx.Param(jnp.zeros((size,), jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            wide = wide - wide.mean(axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        wide = wide * self.scale[...]
+        if self.kind == "layernorm":
+            wide = wide + self.bias[...]
+        return wide.astype(x.dtype)
+
+
+class Projection(nnx.Module):
+    """`y = x @ kernel (+ bias)`, kernel `[in, out]`; cast to the type of `x`."""
+
+    def __init__(self, size_in: int, size_out: int, *, bias: bool, scale: float, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (size_in, size_out), jnp.float32))
+        self.has_bias = bias
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
+
+    def __call__(self, x: Array) -> Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention within segments."""
+
+    def __init__(self, settings: ModelSettings, *, rngs: nnx.Rngs):
+        s = settings
+        bias = s.qkv_bias or s.linear_bias
+        self.head_dim = s.head_dim
+        inner, inner_kv = s.attention_heads * s.head_dim, s.kv_heads * s.head_dim
+        self.query = Projection(s.width, inner, bias=bias, scale=s.initial_scale, rngs=rngs)
+        self.key = Projection(s.width, inner_kv, bias=bias, scale=s.initial_scale, rngs=rngs)
+        self.value = Projection(s.width, inner_kv, bias=bias, scale=s.initial_scale, rngs=rngs)
+        self.output = Projection(
+            inner, s.width, bias=s.output_bias or s.linear_bias, scale=_residual_scale(s), rngs=rngs
+        )
+        self.qk_norm = s.qk_norm
+        if s.qk_norm:
+            self.query_norm = Norm(s.head_dim, s, kind="rmsnorm")
+            self.key_norm = Norm(s.head_dim, s, kind="rmsnorm")
+
+    def project(self, x: Array, rotary: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
+        """`x [B, S, D] -> (query [B, S, N, C], key [B, S, K, C], value [B, S, K, C])`, normed and rotated."""
+        query, key, value = (
+            projection(x).reshape(*x.shape[:-1], -1, self.head_dim)
+            for projection in (self.query, self.key, self.value)
+        )
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
+        return query, key, value
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        query, key, value = self.project(x, context.rotary)
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=context.mask)
+        return self.output(mixed.reshape(*x.shape[:-1], -1))
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU (arXiv 2002.05202) or GELU."""
+
+    def __init__(self, settings: ModelSettings, *, rngs: nnx.Rngs):
+        s = settings
+        bias = s.mlp_bias or s.linear_bias
+        self.gated = s.activation == "swiglu"
+        if self.gated:
+            self.gate = Projection(s.width, s.mlp_width, bias=bias, scale=s.initial_scale, rngs=rngs)
+        self.up = Projection(s.width, s.mlp_width, bias=bias, scale=s.initial_scale, rngs=rngs)
+        self.down = Projection(s.mlp_width, s.width, bias=bias, scale=_residual_scale(s), rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        if self.gated:
+            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer, `[B, S, D] -> [B, S, D]`."""
+
+    def __init__(self, settings: ModelSettings, *, rngs: nnx.Rngs):
+        self.attention_norm = Norm(settings.width, settings)
+        self.attention = Attention(settings, rngs=rngs)
+        self.mlp_norm = Norm(settings.width, settings)
+        self.mlp = FeedForward(settings, rngs=rngs)
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        x = x + self.attention(self.attention_norm(x), context)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def stack(make, count: int, *, rngs: nnx.Rngs):
+    """`count` modules made by `make(rngs)` as one, its parameters with a leading axis of `count`; None for 0."""
+    if count == 0:
+        return None
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def build(rngs: nnx.Rngs):
+        return make(rngs)
+
+    return build(rngs)
+
+
+def _residual_scale(settings: ModelSettings) -> float:
+    # The residual stream is a sum of 2 * layers branches (GPT-2, section 2.3).
+    return settings.initial_scale / math.sqrt(2 * settings.layers)

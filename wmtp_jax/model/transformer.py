@@ -1,0 +1,252 @@
+"""The model: a decoder trunk, H prediction heads and, where asked for, a value head. Shapes as in `layers.py`.
+
+`map_heads` is the one place that knows how the heads differ. It hands each head's final hidden state and unembedding to a
+function and keeps what that returns, so no caller ever holds more than one head's hidden states, or any logits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from wmtp_jax.model.layers import (
+    Array,
+    Context,
+    Layer,
+    Norm,
+    Projection,
+    attention_mask,
+    rotary_tables,
+    stack,
+)
+from wmtp_jax.settings import ModelSettings
+
+# Named where losses.py makes it: with it kept, the backward pass of a head repeats its layer but not its logits.
+SAVED_BY_NAME = ("log_sum_exp",)
+
+
+class SequentialHead(nnx.Module):
+    """One depth of DeepSeek-V3's MTP (arXiv 2412.19437, eq. 21-23), in the form that published weights have.
+
+    `h_k = output_norm(layer(project([embedding_norm(e(x[s+k])); hidden_norm(h_{k-1})])))`; h_0 is the trunk's
+    normed output, and h_k is both what the unembedding reads and what the next depth takes.
+    """
+
+    def __init__(self, settings: ModelSettings, *, rngs: nnx.Rngs):
+        s = settings
+        self.embedding_norm = Norm(s.width, s)
+        self.hidden_norm = Norm(s.width, s)
+        self.project = Projection(2 * s.width, s.width, bias=False, scale=s.initial_scale, rngs=rngs)
+        self.layer = Layer(s, rngs=rngs)
+        self.output_norm = Norm(s.width, s)
+
+    def __call__(self, previous: Array, embedded: Array, context: Context) -> Array:
+        joined = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(previous)], axis=-1)
+        return self.output_norm(self.layer(self.project(joined), context))
+
+
+class ValueHead(nnx.Module):
+    """`[B, S, D] -> [B, S]` float32: D -> D/2 -> 1 with a GELU between."""
+
+    def __init__(self, settings: ModelSettings, *, rngs: nnx.Rngs):
+        width = settings.width
+        self.inner = Projection(width, width // 2, bias=True, scale=width**-0.5, rngs=rngs)
+        self.outer = Projection(width // 2, 1, bias=True, scale=0.0, rngs=rngs)
+
+    def __call__(self, hidden: Array) -> Array:
+        return self.outer(jax.nn.gelu(self.inner(hidden.astype(jnp.float32)), approximate=True))[..., 0]
+
+
+class Model(nnx.Module):
+    """Decoder with H heads.
+
+    Parameters, by path: `embedding [V, D]`, `position_embedding [P, D]` (learned), `layers.*` stacked over the trunk's
+    layers, `final_norm.*`, `unembedding [D, V]` (absent where tied), and by head kind
+      linear: `heads [H-1, D, V]`, the unembeddings of heads 1.. (head 0 has the trunk's);
+      block: `heads.*` layers stacked over H, head 0 being the trunk's last layer, so `layers.*` has one fewer;
+      sequential: `heads.*` stacked over the H-1 depths after the first.
+    """
+
+    def __init__(self, settings: ModelSettings, *, rngs: nnx.Rngs, value_head: bool = False):
+        s = settings
+        self.settings = s
+
+        def normal(*shape: int) -> nnx.Param:
+            return nnx.Param(s.initial_scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+        self.embedding = normal(s.vocabulary_size, s.width)
+        if s.positions == "learned":
+            self.position_embedding = normal(s.max_positions, s.width)
+        trunk_layers = s.layers - (s.head_kind == "block")
+        self.layers = stack(lambda rngs: Layer(s, rngs=rngs), trunk_layers, rngs=rngs)
+        self.final_norm = Norm(s.width, s)
+        if not s.tie_embeddings:
+            self.unembedding = normal(s.width, s.vocabulary_size)
+        match s.head_kind:
+            case "linear":
+                self.heads = normal(s.num_heads - 1, s.width, s.vocabulary_size) if s.num_heads > 1 else None
+            case "block":
+                self.heads = stack(lambda rngs: Layer(s, rngs=rngs), s.num_heads, rngs=rngs)
+            case "sequential":
+                self.heads = stack(lambda rngs: SequentialHead(s, rngs=rngs), s.num_heads - 1, rngs=rngs)
+            case _:
+                raise ValueError(f"head kind {s.head_kind!r}: must be linear, block or sequential")
+        self.value_head = ValueHead(s, rngs=rngs) if value_head else None
+
+    # ---- the trunk -------------------------------------------------------------------------------------------------
+
+    def embed(self, tokens: Array) -> Array:
+        """Token embeddings `[..., D]` in the compute type."""
+        return self.embedding[...][tokens].astype(self.settings.compute_dtype)
+
+    def context(self, segment_ids: Array, positions: Array) -> Context:
+        """What the layers of this batch share; `segment_ids`, `positions` `[B, S]`."""
+        rotary = rotary_tables(positions, self.settings) if self.settings.positions == "rope" else None
+        return Context(rotary, attention_mask(segment_ids))
+
+    def trunk(self, tokens: Array, positions: Array, context: Context) -> Array:
+        """The hidden states that the heads share, `[B, S, D]`: after the last layer and the final norm for `linear` and
+        `sequential` heads, before the last layer for `block` heads."""
+        s = self.settings
+        x = self.embed(tokens)
+        if s.positions == "learned":
+            x = x + self.position_embedding[...][positions].astype(x.dtype)
+        if self.layers is not None:
+            definition, parameters = nnx.split(self.layers)
+
+            def one_layer(x: Array, parameters: Any) -> tuple[Array, None]:
+                return nnx.merge(definition, parameters)(x, context), None
+
+            x, _ = jax.lax.scan(_remat(one_layer, s.remat), x, parameters)
+        return x if s.head_kind == "block" else self.final_norm(x)
+
+    def unembed(self) -> Array:
+        """The trunk's unembedding, `[D, V]`."""
+        return self.embedding[...].T if self.settings.tie_embeddings else self.unembedding[...]
+
+    # ---- the heads -------------------------------------------------------------------------------------------------
+
+    def map_heads(
+        self,
+        function: Callable[[Array, Array, Any], Any],
+        shared: Array,
+        tokens: Array,
+        context: Context,
+        inputs: Any,
+        *,
+        num_heads: int | None = None,
+    ) -> Any:
+        """`function(hidden_k [B, S, D], unembedding_k [D, V], inputs_k)` for every head, results stacked along axis 0.
+
+        Heads run one after the other (`lax.scan`), each under `jax.checkpoint`: memory for one head at a time, forward
+        and backward.
+
+        Args:
+          function: what to make of one head; its arrays must have the same shapes for every head.
+          shared: the trunk's output, `[B, S, D]`.
+          tokens: `[B, S]`; depth k of a `sequential` head reads x[s+k], zeros' embedding past the row's end.
+          context: of the same batch as `shared`.
+          inputs: a tree of arrays with a leading axis of `num_heads`.
+          num_heads: only the first so many heads; all by default.
+        """
+        count = num_heads or self.settings.num_heads
+        if not 1 <= count <= self.settings.num_heads:
+            raise ValueError(f"num_heads {count}: the model has {self.settings.num_heads}")
+        unembedding = self.unembed()
+        at = lambda tree, k: jax.tree.map(lambda leaf: leaf[k], tree)  # noqa: E731
+        upto = lambda tree, start: jax.tree.map(lambda leaf: leaf[start:count], tree)  # noqa: E731
+        remat = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_NAME)
+
+        if self.settings.head_kind == "block":
+            definition, parameters = nnx.split(self.heads)
+
+            @functools.partial(jax.checkpoint, policy=remat)
+            def block(_: None, scanned: Any) -> tuple[None, Any]:
+                parameters, inputs = scanned
+                hidden = self.final_norm(nnx.merge(definition, parameters)(shared, context))
+                return None, function(hidden, unembedding, inputs)
+
+            return jax.lax.scan(block, None, (upto(parameters, 0), upto(inputs, 0)))[1]
+
+        first = function(shared, unembedding, at(inputs, 0))
+        if count == 1:
+            return jax.tree.map(lambda leaf: leaf[None], first)
+
+        if self.settings.head_kind == "linear":
+
+            @functools.partial(jax.checkpoint, policy=remat)
+            def linear(_: None, scanned: Any) -> tuple[None, Any]:
+                unembedding, inputs = scanned
+                return None, function(shared, unembedding, inputs)
+
+            rest = jax.lax.scan(linear, None, (self.heads[...][: count - 1], upto(inputs, 1)))[1]
+        else:
+            definition, parameters = nnx.split(self.heads)
+            ahead = jnp.stack([_ahead(tokens, k) for k in range(1, count)])
+
+            @functools.partial(jax.checkpoint, policy=remat)
+            def depth(previous: Array, scanned: Any) -> tuple[Array, Any]:
+                parameters, tokens, inputs = scanned
+                hidden = nnx.merge(definition, parameters)(previous, self.embed(tokens), context)
+                return hidden, function(hidden, unembedding, inputs)
+
+            parameters = jax.tree.map(lambda leaf: leaf[: count - 1], parameters)
+            rest = jax.lax.scan(depth, shared, (parameters, ahead, upto(inputs, 1)))[1]
+        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+
+    def logits(
+        self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None
+    ) -> Array:
+        """Every head's logits `[B, S, H, V]` in float32, for checks and small inputs: training never makes them.
+
+        `tokens [B, S]` int; without `segment_ids` every row is one segment and every token is real. Compiled once a shape.
+        """
+        tokens = jnp.asarray(tokens)
+        if segment_ids is None:
+            if self.settings.positions == "learned" and tokens.shape[-1] > self.settings.max_positions:
+                raise ValueError(f"{tokens.shape[-1]} tokens: the model has {self.settings.max_positions} learned positions")
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = segment_positions(segment_ids)
+        return _logits(*nnx.split(self), tokens, segment_ids, positions)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(definition: nnx.GraphDef, state: nnx.State, tokens: Array, segment_ids: Array, positions: Array) -> Array:
+    model = nnx.merge(definition, state)
+    context = model.context(segment_ids, positions)
+    shared = model.trunk(tokens, positions, context)
+
+    def product(hidden: Array, unembedding: Array, _: None) -> Array:
+        return jnp.matmul(hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    return jnp.moveaxis(model.map_heads(product, shared, tokens, context, None), 0, 2)
+
+
+def segment_positions(segment_ids: Array) -> Array:
+    """`[..., S] -> [..., S]`: the place of every token in its segment, from 0 (padding counts as a segment)."""
+    length = segment_ids.shape[-1]
+    index = jnp.broadcast_to(jnp.arange(length), segment_ids.shape)
+    previous = jnp.concatenate([segment_ids[..., :1] - 1, segment_ids[..., :-1]], axis=-1)
+    starts = jnp.where(segment_ids != previous, index, 0)
+    return index - jax.lax.cummax(starts, axis=segment_ids.ndim - 1)
+
+
+def _ahead(tokens: Array, k: int) -> Array:
+    return jnp.pad(tokens[:, k:], ((0, 0), (0, k)))
+
+
+def _remat(function: Callable, kind: str) -> Callable:
+    match kind:
+        case "none":
+            return function
+        case "layer":
+            return jax.checkpoint(function)
+        case "dots":
+            return jax.checkpoint(function, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    raise ValueError(f"remat {kind!r}: must be none, layer or dots")

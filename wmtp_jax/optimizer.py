@@ -1,0 +1,121 @@
+"""Learning-rate schedules and the update rule, all from optax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+# Tables and the heads' unembeddings: their rows are tokens, so Muon's orthogonal update does not suit them (Jordan et al. 2024).
+TABLES = ("embedding", "position_embedding", "unembedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """The section `optimizer` of the configuration, in the same words."""
+
+    name: str
+    learning_rate: float
+    muon_learning_rate: float
+    b1: float
+    b2: float
+    epsilon: float
+    weight_decay: float
+    clip_norm: float
+    schedule: str
+    warmup_steps: int
+    decay_fraction: float
+    final_fraction: float
+
+
+def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
+    """Step (0-based) -> factor in [0, 1] of the highest learning rate.
+
+    Linear warm-up, then `cosine` to `final_fraction`, `wsd` (arXiv 2404.06395: stable, then a linear fall to
+    `final_fraction` over the last `decay_fraction` of the run) or `constant`. A warm-up longer than half the run is cut
+    to that, so that short tries of a recipe still reach its rate.
+    """
+    warmup = min(settings.warmup_steps, total_steps // 2)
+    rest = max(total_steps - warmup, 1)
+    match settings.schedule:
+        case "cosine":
+            after = optax.cosine_decay_schedule(1.0, rest, alpha=settings.final_fraction)
+        case "wsd":
+            decay = max(round(settings.decay_fraction * total_steps), 1)
+            stable = max(rest - decay, 0)
+            fall = optax.linear_schedule(1.0, settings.final_fraction, min(decay, rest))
+            after = optax.join_schedules([optax.constant_schedule(1.0), fall], [stable])
+        case "constant":
+            after = optax.constant_schedule(1.0)
+        case _:
+            raise ValueError(f"schedule {settings.schedule!r}: must be cosine, wsd or constant")
+    if warmup == 0:
+        return after
+    # From 1/(warmup+1): a first step with rate 0 would be a step that learns nothing.
+    rise = optax.linear_schedule(1.0 / (warmup + 1), 1.0, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def parameter_kinds(parameters: Any) -> Any:
+    """The tree of parameters with, for every leaf, `matrix`, `table` or `vector`.
+
+    A matrix is a kernel `[in, out]`, or a stack of them; a table maps tokens or positions; the rest are vectors.
+    """
+
+    def kind(path: tuple, leaf: Any) -> str:
+        names = [str(entry.key) for entry in path]
+        if names[-1] in TABLES or names == ["heads"]:
+            return "table"
+        return "matrix" if names[-1] == "kernel" else "vector"
+
+    return jax.tree_util.tree_map_with_path(kind, parameters)
+
+
+def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.GradientTransformation:
+    """Clipping, then AdamW, or Muon for matrices with AdamW for the rest. Weight decay applies to matrices only."""
+    factor = make_schedule(settings, total_steps)
+
+    def scaled(rate: float) -> optax.Schedule:
+        return lambda step: rate * factor(step)
+
+    def is_matrix(parameters: Any) -> Any:
+        return jax.tree.map(lambda kind: kind == "matrix", parameter_kinds(parameters))
+
+    adamw = optax.adamw(
+        scaled(settings.learning_rate),
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        mask=is_matrix,
+    )
+    match settings.name:
+        case "adamw":
+            rule = adamw
+        case "muon":
+
+            def dimensions(parameters: Any) -> Any:
+                # The last two axes are (in, out); an axis before them stacks layers, each orthogonalised by itself.
+                def of(kind: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+                    if kind != "matrix":
+                        return None
+                    return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+
+                return jax.tree.map(of, parameter_kinds(parameters), parameters)
+
+            rule = optax.contrib.muon(
+                scaled(settings.muon_learning_rate),
+                weight_decay=settings.weight_decay,
+                adam_b1=settings.b1,
+                adam_b2=settings.b2,
+                eps=settings.epsilon,
+                adam_learning_rate=scaled(settings.learning_rate),
+                muon_weight_dimension_numbers=dimensions,
+            )
+        case _:
+            raise ValueError(f"optimizer {settings.name!r}: must be adamw or muon")
+    if settings.clip_norm == 0:
+        return rule
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)

@@ -1,0 +1,110 @@
+"""The directory of one run: who may write to it, and whether what is there belongs to the run that wants to go on."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from wmtp_jax.config import flatten
+from wmtp_jax.errors import UserError
+
+# What may differ between a run and its continuation: how long, how often, where. All else would make it another run.
+FREE_KEYS = (
+    "train.steps",
+    "train.epochs",
+    "train.log_every",
+    "train.nonfinite_limit",
+    "data.cache_dir",
+    "data.prefetch",
+    "eval.",
+    "checkpoint.",
+    "tracking.",
+)
+# What a run writes, and --resume=never replaces.
+OUTPUTS = ("checkpoints", "config.json", "curves.png", "metrics.jsonl", "mlflow.json", "nonfinite", "report",
+           "summary.json", "tokenizer", "tokens", "tracking.jsonl")  # fmt: skip
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Makes the directory and holds it for this process; the lock goes with the process, however it ends.
+
+    Raises:
+      UserError: another process holds it, or it can't be made or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"--workdir={directory}: {error.strerror.lower()}; choose another directory") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--workdir={directory}: another run is writing here; choose another directory") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clear(directory: Path) -> bool:
+    """Removes what an earlier run wrote; whether there was anything."""
+    found = [directory / name for name in OUTPUTS if (directory / name).exists()]
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return bool(found)
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The tree as JSON values (tuples become lists)."""
+    return json.loads(config.to_json())
+
+
+def check_continues(config: ConfigDict, stored: dict[str, Any], where: Path) -> None:
+    """Refuses to continue a run under a configuration that would make it another one.
+
+    Raises:
+      UserError: names the first key that differs, with both values.
+    """
+    before = dict(_flatten_plain(stored))
+    now = dict(_flatten_plain(plain(config)))
+    for key, _ in flatten(config):
+        if key.startswith(FREE_KEYS) or (key in before and before[key] == now[key]):
+            continue
+        raise UserError(
+            f"{where}: was made with config.{key} = {before.get(key)!r}, not {now[key]!r}; "  # noqa: hook
+            "set it back, choose another --workdir, or start anew with --resume=never"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """Writes an .npz file, its folder included, so that a reader sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **{name: np.asarray(value) for name, value in arrays.items()})
+    temporary.replace(path)
+
+
+def _flatten_plain(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten_plain(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,103 @@
+"""What a model is, as plain values, and the rotary frequencies that follow; shared by both backends, so free of jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """What determines a model's parameters and function; made once from the configuration or from published weights.
+
+    The fields mean what `wmtp_jax.config.model_defaults` says of them, with every 0 that stands for "derived" resolved.
+    Those that only published weights set:
+      output_bias: a bias in the attention's output projection (Llama and Qwen3 with `attention_bias`).
+      mlp_bias: biases in the feed-forward projections (Llama with `mlp_bias`).
+      rope_scaling: none | linear | llama3 | yarn, how the rotary frequencies are stretched, by `rope_factor`; the other
+        `rope_*` fields are the constants of llama3 and yarn, in the words of `rotary_frequencies`.
+    """
+
+    vocabulary_size: int
+    width: int
+    layers: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    max_positions: int
+    num_heads: int
+    head_kind: str
+    activation: str = "swiglu"
+    norm: str = "rmsnorm"
+    norm_epsilon: float = 1e-6
+    positions: str = "rope"
+    rope_theta: float = 10_000.0
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_original_positions: int = 0
+    rope_low_frequency: float = 1.0
+    rope_high_frequency: float = 4.0
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_truncate: bool = True
+    rope_attention_factor: float = 1.0
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    linear_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    initial_scale: float = 0.02
+    compute_dtype: str = "float32"
+    remat: str = "none"
+
+
+def rotary_frequencies(settings: ModelSettings) -> np.ndarray:
+    """Angles a position, float32 `[C / 2]`, rounded where `transformers` rounds, since an error grows with the position.
+
+    With f_i = theta^(-2 i / C) and wave length l_i = 2 pi / f_i:
+      none: f_i
+      linear: f_i / factor
+      llama3: f_i for l < P / high, f_i / factor for l > P / low, and between them the mean of both, weighted by
+        s = (P / l - low) / (high - low) and 1 - s; P is `rope_original_positions`
+      yarn (arXiv 2309.00071): f_i / factor weighted by a ramp r_i and f_i by 1 - r_i; r goes from 0 to 1 between the i
+        that turn `beta_fast` and `beta_slow` times in P positions. Cosines and sines are multiplied by
+        `rope_attention_factor` besides.
+    """
+    s, one = settings, np.float32(1)
+    exponents = np.arange(0, s.head_dim, 2, dtype=np.float32) / np.float32(s.head_dim)
+    # A correctly rounded float32 power, which float32 arithmetic in NumPy does not promise.
+    powers = (np.float64(s.rope_theta) ** exponents.astype(np.float64)).astype(np.float32)
+    plain = one / powers
+    match s.rope_scaling:
+        case "none":
+            return plain
+        case "linear":
+            return plain / np.float32(s.rope_factor)
+        case "llama3":
+            original, low, high = s.rope_original_positions, s.rope_low_frequency, s.rope_high_frequency
+            length = np.float32(2 * math.pi) / plain
+            scaled = np.where(length > original / low, plain / np.float32(s.rope_factor), plain)
+            share = (np.float32(original) / length - np.float32(low)) / np.float32(high - low)
+            mixed = (one - share) * scaled / np.float32(s.rope_factor) + share * scaled
+            between = ~(length < original / high) & ~(length > original / low)
+            return np.where(between, mixed, scaled)
+        case "yarn":
+
+            def index_turning(times: float) -> float:
+                turns = s.rope_original_positions / (times * 2 * math.pi)
+                return s.head_dim * math.log(turns) / (2 * math.log(s.rope_theta))
+
+            first, last = index_turning(s.rope_beta_fast), index_turning(s.rope_beta_slow)
+            if s.rope_truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, s.head_dim - 1)
+            if first == last:
+                last += 0.001
+            index = np.arange(s.head_dim // 2, dtype=np.float32)
+            keep = one - np.clip((index - np.float32(first)) / np.float32(last - first), 0, 1)
+            return one / (np.float32(s.rope_factor) * powers) * (one - keep) + plain * keep
+    raise ValueError(f"rope_scaling {s.rope_scaling!r}: must be none, linear, llama3 or yarn")
