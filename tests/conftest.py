@@ -13,9 +13,14 @@ ACCELERATOR_MARKS = ("gpu", "mps")
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
-    """Tokenised corpora go to a temporary directory; compiled programs stay in the user's cache, which is only faster."""
-    os.environ["MPLBACKEND"] = "Agg"
+    """Tokenised corpora and compiled programs of the tests go to a directory of their own, shared by all tests of a session."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
 
 
 @pytest.hookimpl(hookwrapper=True)

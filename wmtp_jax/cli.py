@@ -137,5 +137,15 @@ def _flags_help() -> str:
 
 
 def config_from_flags() -> ConfigDict:
-    """The recipe with the command line's changes."""
-    return flags.FLAGS.config
+    """The recipe with the command line's changes.
+
+    Raises:
+      UserError: the recipe is not there.
+    """
+    config = flags.FLAGS.config
+    try:
+        config.lock()
+    except OSError as error:  # ml_collections keeps the error until the configuration is used
+        given = next(argument for argument in sys.argv if argument.lstrip("-").startswith("config"))
+        raise UserError(f"{given}: no such recipe; they are in configs/") from error
+    return config

@@ -167,6 +167,55 @@ def defaults() -> ConfigDict:
     return c
 
 
+def recipe_defaults(target: str) -> ConfigDict:
+    """`defaults()` at the size of a target: what the recipes of single algorithms share, so that they differ in nothing else.
+
+    local: 4M parameters for a CPU; mps: 20M for Apple silicon; gpu: a 1B Llama for one 80 GB GPU; vessl: Llama 2's 7B shape
+    for 4 x A100/H100, both with bfloat16 products and `block` heads as in Meta's MTP.
+    """
+    check_target(target)
+    c = defaults()
+    if target in ("local", "mps"):
+        local = target == "local"
+        c.data.vocabulary_size = 4096
+        c.model.width = 256 if local else 512
+        c.model.layers = 4 if local else 8
+        c.model.attention_heads = 4 if local else 8
+        c.train.steps = 2000
+        c.train.log_every = 20
+        c.optimizer.name = "muon"
+        c.optimizer.schedule = "wsd"
+        c.eval.every = 250
+        c.checkpoint.every = 250
+        c.reference.model.width = 128
+        c.reference.model.layers = 2
+        c.reference.steps = 1000
+        return c
+    large = target == "vessl"
+    c.data.vocabulary_size = 32_000
+    c.data.sequence_length = 4096 if large else 2048
+    c.data.prefetch = 8
+    c.model.width = 4096 if large else 2048
+    c.model.layers = 32 if large else 16
+    c.model.attention_heads = 32 if large else 16
+    c.model.mlp_width = 11_008 if large else 5632
+    c.model.norm_epsilon = 1e-5
+    c.model.heads.kind = "block"
+    c.model.compute_dtype = "bfloat16"
+    c.model.remat = "layer"
+    c.train.batch_size = 256 if large else 64
+    c.train.accumulation = 16 if large else 8
+    c.train.steps = 25_000
+    c.train.log_every = 10
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.weight_decay = 0.1
+    c.optimizer.warmup_steps = 1000
+    c.eval.batches = 16
+    c.eval.bigram = False
+    c.checkpoint.keep_last = 3
+    return c
+
+
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields (dotted key, value) for every leaf, in the order of declaration."""
     for key, value in config.items():

@@ -215,11 +215,15 @@ class Tracker:
         self._process = None if isinstance(parent, Tracker) else self._start_process()
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """Copies a file, or a directory as a whole, to `folder` of the run's artifacts, as it is when the child reads it."""
+        """Copies a file, as it is when the child reads it, to `folder` of the run's artifacts.
+
+        A directory's content goes to a folder of the directory's name where none is given.
+        """
         path = Path(path).absolute()
+        folder = folder or (path.name if path.is_dir() else "")
         if path.is_relative_to(self._run):
             path = path.relative_to(self._run)  # a run directory may be moved before it is replayed
-        self._tell(artifact={"path": str(path), "folder": folder or (path.name if path.is_dir() else "")})
+        self._tell(artifact={"path": str(path), "folder": folder})
 
     def child(self, run_name: str, tags: Mapping[str, Any], parameters: Mapping[str, Any]) -> Tracker:
         """The tracker of a stage, an MLflow run below this one; its directory is `run_name` in this run's directory."""
@@ -276,7 +280,9 @@ class Tracker:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env=os.environ | {"MLFLOW_TRACKING_URI": self._store, "PYTHONPATH": search_path},
-            start_new_session=True,  # Ctrl-C is for the training, which then tells how it ended
+            # Ctrl-C is for the training, which then tells how it ended. Not a session: Linux groups processes by session
+            # when it shares out time, and `nice` would count within the group only.
+            process_group=0,
         )
 
     def _tell(self, **entry: Any) -> None:
@@ -489,9 +495,9 @@ class _Delivery:
 def _follow(run: Path, parent: int) -> int:
     """The child process: feeds MLflow until the training has ended and all is sent; returns the exit code."""
     os.nice(10)
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # a scheduler may send it to all; the end of the training is what counts
+    # A scheduler or a shell may send these to every process; what counts here is how the training ends.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     uri = os.environ["MLFLOW_TRACKING_URI"]
     with _only_one(run, wait=True):
         delivery = _Delivery(run, uri)

@@ -222,7 +222,7 @@ def run(
     )
     steps = range(start, steps_in_total)
     stopped_early = stopping.exhausted
-    with closing(rows), closing(progress):
+    with closing(checkpoints), closing(rows), closing(progress):
         waiting: tuple[int, StepMetrics, Batch] | None = None
         for step in steps if not stopped_early else ():
             batch = next(rows)
@@ -241,32 +241,30 @@ def run(
                 continue
             check_finite(*waiting)
             waiting = None
-            line, evaluated = {}, None
-            if log_due:
-                line = _training_metrics(step_metrics, peak_rate * float(learning_rate(step))) | meter.read()
+            evaluated: dict[str, float] = {}
             if eval_due:
                 with progress.paused(), meter.paused():
                     evaluated = evaluate_now()
                     keep_tokens()
-                line |= evaluated
                 stopped_early = stopping.update(evaluated)
+            line = dict(evaluated)
+            if log_due or stopped_early:
+                line |= _training_metrics(step_metrics, peak_rate * float(learning_rate(step))) | meter.read()
             if line:
                 publish(done, line)
                 progress.update(done, line)
             if save_due or stopped_early or signals.received:
                 with progress.paused(), meter.paused():
-                    checkpoints.save(state, description | {"stopping": stopping.state()}, evaluated)
+                    checkpoints.save(state, description | {"stopping": stopping.state()}, evaluated or None)
             if signals.received:
-                checkpoints.close()
+                checkpoints.wait()
                 progress.note(f"stopped by a signal after step {done}; the same command goes on from here")
                 raise Stopped(signals.received)
             if stopped_early:
                 progress.note(f"{config.eval.stop_metric} has not improved for {config.eval.patience} evaluations")
                 break
-    if int(state.step) > start:
-        keep_tokens()
-    best = checkpoints.best_step()
-    checkpoints.close()
+        checkpoints.wait()
+        best = checkpoints.best_step()
 
     # ---- what it learned ---------------------------------------------------------------------------------------------
     _summarise(stage, corpus, settings, definition, state, evaluation_batches, best=best)
@@ -423,7 +421,8 @@ def _summarise(
     print(summary.table(before, after, bigram=pairs))
     if samples:
         print("\n" + summary.completions(samples))
-    print("\n" + summary.facts("look next", summary.places(directory, config.tracking.uri, config.tracking.enabled)))
+    if stage.name == "train":
+        print("\n" + summary.facts("look next", summary.places(directory, config.tracking.uri, config.tracking.enabled)))
 
 
 def _complete(

@@ -295,7 +295,8 @@ def _say_what_changed(before: list[list], after: list[list]) -> None:
 
     old, new = contents(before), contents(after)
     differ = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    _log.warning("the corpus changed: %d file(s) differ, e.g. %s; tokenising again", len(differ), differ[0][1])
+    if differ:
+        _log.warning("the corpus changed: %d file(s) differ, e.g. %s; tokenising again", len(differ), differ[0][1])
 
 
 def _key(parts: dict) -> str:

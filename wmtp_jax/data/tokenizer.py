@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -170,6 +171,8 @@ def _read_files(directory: Path) -> dict[str, bytes]:
 
 
 def _download(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{name}: no such directory, to read a tokenizer from")
     import huggingface_hub
 
     try:

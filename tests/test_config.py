@@ -1,0 +1,128 @@
+"""Every recipe loads and validates for every target, every key is read somewhere, every wrong value is refused by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from wmtp_jax.config import ALGORITHMS, TARGETS, defaults, flatten, validate
+from wmtp_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def load_recipe(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_is_valid(path, target):
+    config = load_recipe(path).get_config(target)
+    validate(config)
+    assert config.is_locked
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_imports_only_the_configuration_and_gives_its_command(path):
+    imports = re.findall(r"^(?:from|import) ([\w.]+)", path.read_text(), re.MULTILINE)
+    assert set(imports) <= {"ml_collections", "wmtp_jax.config"}
+    assert f"configs/{path.name}" in load_recipe(path).__doc__
+
+
+def test_recipes_named_for_an_algorithm_use_it():
+    named = {path.stem.replace("_", "-"): path for path in RECIPES if path.stem.replace("_", "-") in ALGORITHMS}
+    assert {"baseline-mtp", "rho1-weighted", "rho1-tokenskip"} <= named.keys()
+    for algorithm, path in named.items():
+        assert load_recipe(path).get_config().weighting.algorithm == algorithm
+
+
+def test_unknown_target_is_refused():
+    with pytest.raises(UserError, match="local, mps, gpu, vessl"):
+        load_recipe(RECIPES[0]).get_config("laptop")
+
+
+def test_every_key_is_read_somewhere():
+    code = "\n".join(
+        path.read_text() for path in (ROOT / "wmtp_jax").rglob("*.py") if path.name != "config.py"
+    )
+    unread = [key for key, _ in flatten(defaults()) if not re.search(rf"\.{key.rpartition('.')[2]}\b", code)]
+    assert not unread
+
+
+def changed(**changes) -> ConfigDict:
+    config = defaults()
+    with config.unlocked():
+        for key, value in changes.items():
+            *sections, leaf = key.split("__")
+            section = config
+            for name in sections:
+                section = section[name]
+            with section.ignore_type():
+                section[leaf] = value
+    return config
+
+
+WRONG = {
+    "weighting__algorithm": "rho2",
+    "weighting__form": "exponential",  # baseline-mtp has no score
+    "weighting__scope": "row",
+    "weighting__fraction": 0.70005,
+    "weighting__temperature": 0.0,
+    "weighting__low": 5.0,
+    "weighting__coefficients": (1.0,),
+    "weighting__members": ("entropy", "magic"),
+    "model__width": 0,
+    "model__kv_heads": 3,
+    "model__activation": "relu",
+    "model__heads__kind": "tree",
+    "model__heads__count": 0,
+    "model__compute_dtype": "float16",
+    "data__sources": (),
+    "data__source_weights": (1.0, 2.0),
+    "data__validation_fraction": 0.0,
+    "data__sequence_length": 4,
+    "data__vocabulary_size": 256,
+    "train__batch_size": 0,
+    "train__accumulation": 3,
+    "train__epochs": 1.0,  # and steps
+    "train__steps": 0,  # and no epochs
+    "train__log_every": 0,
+    "optimizer__name": "sgd",
+    "optimizer__schedule": "step",
+    "optimizer__learning_rate": -1.0,
+    "optimizer__b2": 1.0,
+    "eval__stop_metric": "train/loss",
+    "eval__batches": 0,
+    "checkpoint__best_metric": "eval/ce_head_9",
+    "checkpoint__keep_last": 0,
+    "train__seed": "zero",
+    "optimizer__clip_norm": float("nan"),
+    "weighting__surprise": 1,
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_is_refused_by_name_in_one_line(key):
+    with pytest.raises(UserError) as caught:
+        validate(changed(**{key: WRONG[key]}))
+    message = str(caught.value)
+    assert key.replace("__", ".") in message and "\n" not in message
+
+
+@pytest.mark.parametrize("algorithm", [name for name, needs in ALGORITHMS.items() if needs == "reference"])
+def test_an_algorithm_without_its_reference_is_refused(algorithm):
+    with pytest.raises(UserError, match="reference.path"):
+        validate(changed(weighting__algorithm=algorithm))
+
+
+def test_defaults_are_valid():
+    validate(defaults())

@@ -1,0 +1,164 @@
+import hashlib
+import json
+
+import pytest
+
+from wmtp_jax.data.scan import DROPPED, first_of_each, is_validation, read_documents, scan
+from wmtp_jax.data.sources import open_source
+from wmtp_jax.errors import UserError
+
+
+def documents(name):
+    source = open_source(name)
+    dropped = dict.fromkeys(DROPPED, 0)
+    return list(read_documents(source, dropped, lambda content: None)), dropped
+
+
+def jsonl(path, *lines):
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    return f"jsonl:{path}"
+
+
+def test_text_files_are_found_below_and_named_from_the_root(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "one.txt").write_text("one")
+    (tmp_path / "a" / "b" / "two.txt").write_bytes(b"\xef\xbb\xbftwo\r\n")
+    (tmp_path / "a" / "empty.txt").write_text(" \n")
+    found, dropped = documents(f"text:{tmp_path}/a/**/*.txt")
+    assert sorted(found) == [("b/two.txt", "two\r\n"), ("one.txt", "one")]
+    assert dropped == {"duplicate": 0, "empty": 1, "undecodable": 0}
+
+
+def test_jsonl_reads_objects_with_text(tmp_path):
+    name = jsonl(
+        tmp_path / "d.jsonl", '{"text": "\\u00e9\\ud83d\\ude00", "other": 1}', "", '  {"text": "b"}  ', '{"text": ""}'
+    )
+    found, dropped = documents(name)
+    assert [d.text for d in found] == ["é😀", "b"] and dropped["empty"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{bad", "not JSON: Expecting property name"),
+        ("[1]", "the line is a list, not an object"),
+        ("null", "the line is null, not an object"),
+        ('{"txt": "x"}', "no field `text` (it has 'txt')"),
+        ('{"text": 3}', "`text` is a number, not a string"),
+        ('{"text": null}', "`text` is null, not a string"),
+        ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
+        (b'{"text": "\xff"}', "byte 10 of the line (0xff) is not UTF-8"),
+        ("[" * 100_000, "not JSON that Python can read"),
+        ("9" * 5000, "not JSON that Python can read"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    name = jsonl(tmp_path / "d.jsonl", '{"text": "fine"}', line)
+    with pytest.raises(UserError) as caught:
+        documents(name)
+    assert str(caught.value).startswith(f"{tmp_path}/d.jsonl:2: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_are_not_text_are_an_error_in_text_files(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"abc\xfe")
+    with pytest.raises(UserError, match=rf"{tmp_path}/x.txt: byte 3 \(0xfe\) is not UTF-8"):
+        documents(f"text:{tmp_path}/*.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wikipedia", "unknown source 'wikipedia'; known are python-stdlib, jsonl:PATH"),
+        ("python-stdlib:x", "unknown source"),
+        ("jsonl:", "unknown source 'jsonl:'"),
+        ("text:/no/such/*.txt", "no such file"),
+        ("jsonl:/no/such.jsonl", "no such file"),
+        ("text:/", "is a directory; name its files, as in text:/**/*"),
+    ],
+)
+def test_sources_that_are_not_there(name, message):
+    with pytest.raises(UserError) as caught:
+        open_source(name)
+    assert message in str(caught.value)
+
+
+def test_the_standard_library_comes_without_tests_and_decoded():
+    source = open_source("python-stdlib")
+    names = {file.name for file in source.files}
+    assert {"json/decoder.py", "heapq.py"} <= names
+    assert not any(
+        part in ("test", "tests", "idle_test", "site-packages") for name in names for part in name.split("/")
+    )
+    found, dropped = documents("python-stdlib")
+    assert len(found) > 400 and sum(len(d.text) for d in found) > 5e6
+    assert len(found) + dropped["empty"] + dropped["undecodable"] == len(names)
+
+
+def test_python_files_are_read_in_their_own_encoding(tmp_path, monkeypatch):
+    (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\r\nx = '\xe9'\r\n")
+    (tmp_path / "broken.py").write_bytes(b"x = '\xe9'\n")
+    (tmp_path / "unknown.py").write_bytes(b"# coding: no-such-code\n")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    found, dropped = documents("python-stdlib")
+    assert found == [("latin.py", "# -*- coding: latin-1 -*-\nx = 'é'\n")] and dropped["undecodable"] == 2
+
+
+def run_scan(tmp_path, *names, fraction=0.3, sample_bytes=0):
+    opened = [open_source(name) for name in names]
+    return scan(opened, validation_fraction=fraction, sample_bytes=sample_bytes, scratch=tmp_path)
+
+
+def test_the_side_depends_on_the_file_name_alone(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    before = run_scan(tmp_path, f"text:{tmp_path}/*.txt").records["validation"]
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"another text {number}")
+    after = run_scan(tmp_path, f"text:{tmp_path}/*.txt")
+    assert 0 < before.sum() < 40 and (before == after.records["validation"]).all()
+    share = sum(is_validation(str(i).encode(), 0.1) for i in range(20_000)) / 20_000
+    assert abs(share - 0.1) < 0.01  # 4.7 standard deviations
+
+
+def test_copies_are_dropped_over_all_sources_and_counted(tmp_path):
+    lines = [json.dumps({"text": f"document {n % 20}"}) for n in range(30)]
+    first, second = (
+        jsonl(tmp_path / "1.jsonl", *lines),
+        jsonl(tmp_path / "2.jsonl", *lines[:5], *[json.dumps({"text": str(n)}) for n in range(9)]),
+    )
+    found = run_scan(tmp_path, first, second)
+    assert [d["duplicate"] for d in found.dropped] == [10, 5]
+    assert found.keep.tolist() == [True] * 20 + [False] * 15 + [True] * 9
+
+
+def test_copies_are_found_in_parts_too(monkeypatch, tmp_path):
+    lines = [json.dumps({"text": f"document {n % 70}"}) for n in range(200)]
+    whole = run_scan(tmp_path, jsonl(tmp_path / "1.jsonl", *lines))
+    monkeypatch.setattr("wmtp_jax.data.scan._RECORDS_SORTED_AT_ONCE", 16)
+    monkeypatch.setattr("wmtp_jax.data.scan._RECORDS_AT_ONCE", 7)
+    assert first_of_each(whole.records).tolist() == [n < 70 for n in range(200)]
+
+
+def test_the_sample_is_whole_documents_of_the_training_side_whatever_their_order(tmp_path):
+    texts = [f"{n} " * (n % 13 + 1) for n in range(300)]
+    sample = run_scan(
+        tmp_path, jsonl(tmp_path / "1.jsonl", *[json.dumps({"text": t}) for t in texts]), sample_bytes=500
+    ).sample
+    again = run_scan(
+        tmp_path, jsonl(tmp_path / "2.jsonl", *[json.dumps({"text": t}) for t in texts[::-1]]), sample_bytes=500
+    ).sample
+    assert sample == again and set(sample) <= set(texts) and 500 <= sum(map(len, sample)) < 600
+    held_out = [t for t in texts if is_validation(hashlib.blake2b(t.encode(), digest_size=16).digest(), 0.3)]
+    assert held_out and not set(held_out) & set(sample)
+
+
+def test_both_sides_need_documents(tmp_path):
+    with pytest.raises(UserError, match=r"no document with text in 1 file\(s\) \(2 empty\)"):
+        run_scan(tmp_path, jsonl(tmp_path / "1.jsonl", '{"text": ""}', '{"text": " "}'))
+    with pytest.raises(UserError, match="no document with text"):
+        run_scan(tmp_path, jsonl(tmp_path / "1.jsonl", ""))
+    with pytest.raises(UserError, match="validation_fraction = 1e-09: none of the 1 document"):
+        run_scan(tmp_path, jsonl(tmp_path / "1.jsonl", '{"text": "a"}'), fraction=1e-9)
+    with pytest.raises(UserError, match="fell to validation; give it more documents"):
+        run_scan(tmp_path, jsonl(tmp_path / "1.jsonl", '{"text": "a"}'), fraction=1 - 1e-9)

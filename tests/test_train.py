@@ -1,0 +1,291 @@
+"""The trainer as a user meets it: what a run leaves behind, resume to the bit, signals, exit codes, wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import wmtp_jax.train as trainer
+from wmtp_jax.checkpoint import find_checkpoint, load_model
+from wmtp_jax.cli import Stopped
+from wmtp_jax.config import defaults
+from wmtp_jax.errors import NonFiniteLoss, UserError
+from wmtp_jax.tracking import read_metrics
+
+ROOT = Path(__file__).parent.parent
+# Wall-clock measurements differ between two runs of the same arithmetic.
+TIMING = ("time", "train/tokens_per_second", "train/mfu")
+
+
+@pytest.fixture(scope="session")
+def tiny(python_corpus, tmp_path_factory):
+    """A function that makes a configuration which trains in seconds; all share one tokenised corpus and one set of shapes."""
+    cache = tmp_path_factory.mktemp("tokenised")
+
+    def make(**changes) -> ConfigDict:
+        c = defaults()
+        c.data.sources = (f"text:{python_corpus}/*.py",)
+        c.data.validation_fraction = 0.2
+        c.data.sequence_length = 32
+        c.data.vocabulary_size = 300
+        c.data.cache_dir = str(cache)
+        c.model.width, c.model.layers, c.model.attention_heads = 16, 1, 2
+        c.model.heads.count = 2
+        c.reference.model.width, c.reference.model.layers, c.reference.model.attention_heads = 16, 1, 2
+        c.reference.steps = 4
+        c.weighting.algorithm = "rho1-tokenskip"
+        c.train.batch_size, c.train.steps, c.train.log_every = 4, 8, 1
+        c.optimizer.warmup_steps = 2
+        c.eval.every, c.eval.batches, c.eval.token_rows = 4, 2, 2
+        c.eval.bigram, c.eval.completions = False, 0
+        c.checkpoint.every = 4
+        c.tracking.enabled = False
+        for key, value in changes.items():
+            *sections, leaf = key.split("__")
+            section = c
+            for name in sections:
+                section = section[name]
+            section[leaf] = value
+        return c
+
+    return make
+
+
+def train(config: ConfigDict, workdir: Path, **options) -> None:
+    trainer.train(config, workdir=workdir, run_name="test", tags={}, device="cpu", **options)
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory) -> Path:
+    """An uninterrupted run with its reference."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    train(tiny(), workdir)
+    return workdir
+
+
+def comparable(workdir: Path) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if key not in TIMING}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit-equal parameters and metrics."""
+    assert comparable(one) == comparable(other)
+    _, parameters, metadata = load_model(one)
+    _, parameters_other, metadata_other = load_model(other)
+    assert metadata == metadata_other
+    for leaf, leaf_other in zip(jax.tree.leaves(parameters), jax.tree.leaves(parameters_other), strict=True):
+        np.testing.assert_array_equal(leaf, leaf_other)
+
+
+def test_a_run_directory_holds_what_the_design_says(finished, tiny):
+    lines = read_metrics(finished / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(9))
+    assert {line["stage"] for line in lines} == {"train"}
+    for line in lines[1:]:
+        for name in ("loss", "ce_head_0", "ce_head_1", "weight_entropy", "effective_sample_fraction", "grad_norm",
+                     "learning_rate"):  # fmt: skip
+            assert np.isfinite(line[f"train/{name}"])
+    for step in (0, 4, 8):
+        assert {"eval/ce_head_0", "eval/ce_head_1", "eval/bits_per_byte"} <= lines[step].keys()
+        entries = np.load(finished / "tokens" / f"{step}.npz")
+        assert entries["weight"].shape == entries["loss"].shape == entries["reference_loss"].shape == (2, 32, 2)
+        assert entries["weight"][entries["mask"]].mean() == pytest.approx(1, abs=1e-5)
+    assert lines[-1]["train/tokens_per_second"] > 0 and lines[-1]["train/mfu"] > 0
+    assert json.loads((finished / "config.json").read_text())["train"]["steps"] == 8
+    assert (finished / "curves.png").stat().st_size > 10_000
+    assert find_checkpoint(finished).name == "8"
+    assert find_checkpoint(finished / "reference").name == "4"
+    assert lines[8]["eval/ce_head_0"] < lines[0]["eval/ce_head_0"]
+
+
+def test_evaluation_is_unweighted_cross_entropy_of_the_held_out_rows(finished, tiny):
+    """From the saved parameters, by the logits, in float64."""
+    from wmtp_jax import experiment
+    from wmtp_jax.data.pipeline import validation_batches
+    from wmtp_jax.train_step import merge
+
+    corpus = experiment.load_data(tiny())
+    definition, parameters, _ = load_model(finished)
+    model = merge(definition, parameters)
+    nats, counts, size = np.zeros(2), np.zeros(2), 0
+    for batch in validation_batches(corpus, batch_size=4, num_heads=2, num_batches=2):
+        logits = np.asarray(model.logits(batch["tokens"], batch["segment_ids"], batch["positions"]), np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        ce = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]
+        nats += np.where(batch["mask"], ce, 0).sum((0, 1))
+        counts += batch["mask"].sum((0, 1))
+        size += corpus.tokenizer.token_bytes[batch["targets"][..., 0]][batch["mask"][..., 0]].sum()
+    last = read_metrics(finished / "metrics.jsonl")[-1]
+    for head in range(2):
+        assert last[f"eval/ce_head_{head}"] == pytest.approx(nats[head] / counts[head], rel=1e-5)
+    assert last["eval/bits_per_byte"] == pytest.approx(nats[0] / size / np.log(2), rel=1e-5)
+
+
+def stop_after(monkeypatch, step: int, action) -> None:
+    """Has `action` happen once, right after the trainer has logged a step of the main run."""
+    write = trainer.MetricsFile.write
+    happened = []
+
+    def write_then_act(self, at, stage, metrics):
+        write(self, at, stage, metrics)
+        if at == step and stage == "train" and not happened:
+            happened.append(at)
+            action()
+
+    monkeypatch.setattr(trainer.MetricsFile, "write", write_then_act)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 6])
+def test_resume_after_a_signal_is_bit_equal(step, finished, tiny, tmp_path, monkeypatch):
+    stop_after(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped) as stopped:
+        train(tiny(), tmp_path / "run")
+    assert stopped.value.number == signal.SIGTERM
+    assert int(find_checkpoint(tmp_path / "run").name) == max(step, 1)
+    train(tiny(), tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_resume_after_a_crash_goes_on_from_the_last_checkpoint(finished, tiny, tmp_path, monkeypatch):
+    class Crash(Exception):
+        pass
+
+    def crash():
+        raise Crash
+
+    stop_after(monkeypatch, 6, crash)
+    with pytest.raises(Crash):
+        train(tiny(), tmp_path / "run")
+    assert find_checkpoint(tmp_path / "run").name == "4"
+    train(tiny(), tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_a_finished_run_is_left_as_it_is_and_never_starts_anew(finished, tiny, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = comparable(tmp_path / "run")
+    train(tiny(), tmp_path / "run")
+    assert comparable(tmp_path / "run") == before
+    train(tiny(), tmp_path / "run", resume="never")
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_equal_weights_give_the_baselines_losses_and_batches(finished, tiny, tmp_path):
+    train(tiny(weighting__algorithm="baseline-mtp"), tmp_path / "baseline")
+    train(tiny(weighting__fraction=1.0, reference__path=str(finished / "reference")), tmp_path / "tokenskip")
+    curves = [
+        [line["train/loss"] for line in comparable(tmp_path / name) if "train/loss" in line]
+        for name in ("baseline", "tokenskip")
+    ]
+    assert len(curves[0]) == 8
+    np.testing.assert_allclose(*curves, rtol=1e-6)
+    # Other weights, the same batches: the first losses, made before any update, are the same.
+    first = [comparable(run)[1]["train/ce_head_1"] for run in (finished, tmp_path / "baseline")]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
+
+
+def test_a_non_finite_loss_stops_and_explains(tiny, tmp_path):
+    config = tiny(weighting__algorithm="baseline-mtp", optimizer__learning_rate=1e38, optimizer__clip_norm=0.0)
+    with pytest.raises(NonFiniteLoss, match=r"step \d+: loss"):
+        train(config, tmp_path / "run")
+    [saved] = (tmp_path / "run" / "nonfinite").glob("step_*.npz")
+    explained = np.load(saved)
+    assert explained["tokens"].shape == (4, 32) and int(explained["step"]) >= 2
+    assert not explained["metrics/finite"]
+    assert any(name.startswith("norm/") for name in explained.files)
+
+
+def test_early_stopping_ends_the_run_and_stays_ended(tiny, tmp_path):
+    config = tiny(
+        weighting__algorithm="baseline-mtp", optimizer__learning_rate=1e-30, eval__stop_metric="eval/bits_per_byte",
+        eval__every=1, eval__patience=2, train__log_every=3,
+    )  # fmt: skip
+    train(config, tmp_path / "run")
+    steps = [line["step"] for line in comparable(tmp_path / "run")]
+    assert steps[-1] < 8
+    train(config, tmp_path / "run")
+    assert [line["step"] for line in comparable(tmp_path / "run")] == steps
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, capsys):
+    train(tiny(train__accumulation=2), tmp_path / "run", dry_run=True)
+    printed = capsys.readouterr().out
+    for words in ("parameters", "memory", "trained first, 4 steps", "one more forward pass", "corpus hash"):
+        assert words in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_input_is_refused_in_one_line(finished, tiny, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    reference = str(finished / "reference")
+    cases = [
+        (tiny(model__width=32), "run", "model.width"),
+        (tiny(train__batch_size=8), "run", "train.batch_size"),
+        (tiny(weighting__algorithm="baseline-mtp"), "run", "weighting.algorithm"),
+        (tiny(data__sources=("text:/nowhere/*.py",)), "new", "/nowhere/*.py"),
+        (tiny(data__sources=("python-stdlb",)), "new", "python-stdlib"),
+        (tiny(reference__path=str(tmp_path / "nothing")), "new", "no checkpoint"),
+        (tiny(reference__path=reference, data__vocabulary_size=400), "new", "tokenizer"),
+        (tiny(reference__path=reference, reference__alignment="same_prefix"), "new", "reference.path"),
+    ]
+    for config, name, words in cases:
+        with pytest.raises(UserError) as caught:
+            train(config, tmp_path / name)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+        assert not (tmp_path / "new" / "checkpoints" / "0").exists()
+
+
+def test_two_runs_on_one_directory(finished, tiny, tmp_path):
+    import fcntl
+
+    shutil.copytree(finished, tmp_path / "run")
+    with (tmp_path / "run" / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run"):
+            train(tiny(), tmp_path / "run")
+
+
+COMMANDS = {
+    "unknown key": (["--config=configs/quickstart.py", "--config.train.stepz=1"], "stepz"),
+    "wrong type": (["--config=configs/quickstart.py", "--config.train.steps=many"], "many"),
+    "unknown flag": (["--config=configs/quickstart.py", "--stepz=1"], "stepz"),
+    "no recipe": (["--config=configs/nothing.py"], "nothing.py"),
+    "unknown target": (["--config=configs/quickstart.py:laptop"], "laptop"),
+    "no config": ([], "--config"),
+    "wrong value": (["--config=configs/quickstart.py", "--config.weighting.algorithm=rho2"], "weighting.algorithm"),
+    "no device": (["--config=configs/quickstart.py", "--device=abacus"], "abacus"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_line_errors_are_one_line_and_exit_2(name, tmp_path):
+    arguments, words = COMMANDS[name]
+    done = subprocess.run(
+        [sys.executable, "-m", "wmtp_jax.main", f"--workdir={tmp_path / 'run'}", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_explains_every_flag():
+    done = subprocess.run(
+        [sys.executable, "-m", "wmtp_jax.main", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    for flag in ("config", "workdir", "run_name", "tags", "resume", "dry_run", "verbose", "device"):
+        assert f"--{flag}: " in done.stdout

@@ -1,0 +1,43 @@
+"""Where published weights are: a local path, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from wmtp_jax.errors import UserError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+# What a model is read from; not its weights in other formats.
+_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
+
+
+def locate(path: str | Path) -> tuple[Path, str]:
+    """A local path as it is, or the snapshot of a hub name `owner/name` or `owner/name@revision`, fetched if need be.
+
+    Returns:
+      the path, and the commit of the snapshot ("" for a local path).
+
+    Raises:
+      UserError: there is no such path, and it is not a hub name, or the hub does not give it.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local, ""
+    name = str(path)
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{path}: no such file or directory")
+    # Imported late: most weights are local.
+    from huggingface_hub import errors, snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        snapshot = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS))
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{path}: no such directory here, not in the hub's cache, and the hub can't be reached; give a local directory"
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: no such directory here, and the hub refused it: {reason}") from error
+    return snapshot, snapshot.name

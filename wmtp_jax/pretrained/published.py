@@ -1,0 +1,166 @@
+"""Published weights in our names: what a format reader hands over, and the new heads that an old trunk gets.
+
+A name is a parameter's path, with the index written out where the model stacks: `embedding`,
+`layers.3.attention.query.kernel`, `heads.0.mlp.up.kernel`. Kernels are `[in, out]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from wmtp_jax.errors import UserError
+from wmtp_jax.settings import ModelSettings
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Weights that were opened and found complete; no tensor has been read yet.
+
+    Attributes:
+      path: the directory or file.
+      family: the architecture in its publisher's word (`llama`, `qwen2`, ...).
+      settings: of the model as it was published: one `linear` head, or its own `block` heads.
+      read: our name -> float32 array, read from the file at each call; it may be a transposed view. The trunk's last
+        layer counts as `layers.{L-1}`, extra `block` heads as `heads.1` and on.
+      revision: the commit of a hub snapshot, "" for a local path.
+    """
+
+    path: Path
+    family: str
+    settings: ModelSettings
+    read: Callable[[str], np.ndarray]
+    revision: str = ""
+
+
+def layer_shapes(settings: ModelSettings) -> dict[str, Shape]:
+    """Shapes of one layer's parameters, by their path in the layer."""
+    s = settings
+    inner, inner_kv = s.attention_heads * s.head_dim, s.kv_heads * s.head_dim
+    shapes: dict[str, Shape] = {}
+
+    def norm(name: str, size: int, kind: str) -> None:
+        shapes[f"{name}.scale"] = (size,)
+        if kind == "layernorm":
+            shapes[f"{name}.bias"] = (size,)
+
+    def projection(name: str, size_in: int, size_out: int, bias: bool) -> None:
+        shapes[f"{name}.kernel"] = (size_in, size_out)
+        if bias:
+            shapes[f"{name}.bias"] = (size_out,)
+
+    norm("attention_norm", s.width, s.norm)
+    projection("attention.query", s.width, inner, s.qkv_bias or s.linear_bias)
+    projection("attention.key", s.width, inner_kv, s.qkv_bias or s.linear_bias)
+    projection("attention.value", s.width, inner_kv, s.qkv_bias or s.linear_bias)
+    projection("attention.output", inner, s.width, s.output_bias or s.linear_bias)
+    if s.qk_norm:
+        norm("attention.query_norm", s.head_dim, "rmsnorm")
+        norm("attention.key_norm", s.head_dim, "rmsnorm")
+    norm("mlp_norm", s.width, s.norm)
+    if s.activation == "swiglu":
+        projection("mlp.gate", s.width, s.mlp_width, s.mlp_bias or s.linear_bias)
+    projection("mlp.up", s.width, s.mlp_width, s.mlp_bias or s.linear_bias)
+    projection("mlp.down", s.mlp_width, s.width, s.mlp_bias or s.linear_bias)
+    return shapes
+
+
+def outer_shapes(settings: ModelSettings) -> dict[str, Shape]:
+    """Shapes of the parameters around the layers: embeddings, final norm, unembedding."""
+    s = settings
+    shapes: dict[str, Shape] = {"embedding": (s.vocabulary_size, s.width)}
+    if s.positions == "learned":
+        shapes["position_embedding"] = (s.max_positions, s.width)
+    shapes["final_norm.scale"] = (s.width,)
+    if s.norm == "layernorm":
+        shapes["final_norm.bias"] = (s.width,)
+    if not s.tie_embeddings:
+        shapes["unembedding"] = (s.width, s.vocabulary_size)
+    return shapes
+
+
+def published_shapes(settings: ModelSettings) -> dict[str, Shape]:
+    """Every name that `Published.read` must know for these settings, with the shape that it gives."""
+    shapes = outer_shapes(settings)
+    extra = range(1, settings.num_heads) if settings.head_kind == "block" else ()
+    for prefix in [f"layers.{i}" for i in range(settings.layers)] + [f"heads.{k}" for k in extra]:
+        shapes |= {f"{prefix}.{name}": shape for name, shape in layer_shapes(settings).items()}
+    return shapes
+
+
+def with_heads(settings: ModelSettings, *, num_heads: int, head_kind: str, where: Path) -> ModelSettings:
+    """The settings of the published model with the heads asked for.
+
+    Raises:
+      UserError: the weights have trained heads of another kind or fewer of them, and more than one is asked for.
+    """
+    if num_heads < 1:
+        raise UserError(f"num_heads = {num_heads}: must be at least 1")
+    if head_kind not in ("linear", "block", "sequential"):
+        raise UserError(f"head_kind = {head_kind!r}: must be linear, block or sequential")
+    if settings.num_heads > 1 and num_heads > 1 and (head_kind != "block" or num_heads > settings.num_heads):
+        raise UserError(
+            f"{where}: has {settings.num_heads} trained block heads, not {num_heads} {head_kind} ones; ask for "
+            f"block heads, at most {settings.num_heads} of them, or for one head"
+        )
+    return dataclasses.replace(settings, num_heads=num_heads, head_kind=head_kind)
+
+
+def parameters(
+    published: Published, *, num_heads: int = 1, head_kind: str = "linear"
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every parameter of the model with `num_heads` heads, one tensor at a time, float32; layer by layer within a parameter.
+
+    New heads start from the trunk, and head 0 is the published model: `linear` heads from the unembedding, `block` heads
+    from the last layer, `sequential` heads from the last layer with a projection [0; I] that passes the hidden state on,
+    and from the final norm; so each depth is "the last layer once more".
+    """
+    s = with_heads(published.settings, num_heads=num_heads, head_kind=head_kind, where=published.path)
+    read = published.read
+    last = s.layers - 1
+    for name in outer_shapes(s):
+        if name != "unembedding":
+            yield name, read(name)
+    unembedding = read("embedding").T if s.tie_embeddings else read("unembedding")
+    if not s.tie_embeddings:
+        yield "unembedding", unembedding
+    if head_kind == "linear":
+        for k in range(1, num_heads):
+            yield f"heads.{k - 1}", unembedding
+    del unembedding
+    for name in layer_shapes(s):
+        for i in range(s.layers - (head_kind == "block")):
+            yield f"layers.{i}.{name}", read(f"layers.{i}.{name}")
+    match head_kind:
+        case "block":
+            trained = published.settings.num_heads
+            for name in layer_shapes(s):
+                for k in range(num_heads):
+                    source = f"heads.{k}" if 0 < k < trained else f"layers.{last}"
+                    yield f"heads.{k}.{name}", read(f"{source}.{name}")
+        case "sequential" if num_heads > 1:
+            depths = range(num_heads - 1)
+            for name in layer_shapes(s):
+                for k in depths:
+                    yield f"heads.{k}.layer.{name}", read(f"layers.{last}.{name}")
+            pass_on = np.concatenate([np.zeros((s.width, s.width), np.float32), np.eye(s.width, dtype=np.float32)])
+            for k in depths:
+                yield f"heads.{k}.project.kernel", pass_on
+            for part in ("scale", "bias") if s.norm == "layernorm" else ("scale",):
+                neutral = np.full(s.width, part == "scale", np.float32)
+                for norm in ("embedding_norm", "hidden_norm"):
+                    for k in depths:
+                        yield f"heads.{k}.{norm}.{part}", neutral
+                for k in depths:
+                    yield f"heads.{k}.output_norm.{part}", read(f"final_norm.{part}")
+
+
+def half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows `[heads * C, ...]` whose rotary pairs are (2 i, 2 i + 1), put in our order, pairs (i, i + C / 2)."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)

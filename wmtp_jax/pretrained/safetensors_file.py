@@ -1,0 +1,105 @@
+"""Reading the safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes without gaps.
+
+Read with plain file reads rather than memory maps, so that peak memory is one tensor and a file that shrinks is an error
+rather than a SIGBUS; the `safetensors` package has no bfloat16 for NumPy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from wmtp_jax.errors import UserError
+
+_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+_LARGEST_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `offset` counts bytes from the start of the file."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file by name, after checking that they fill it exactly.
+
+    Raises:
+      UserError: the file is missing, truncated, or its header does not describe it.
+    """
+
+    def broken(what: str) -> UserError:
+        return UserError(f"{path}: truncated or not a safetensors file: {what}")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise broken(f"{size} bytes can't hold a header of {length} bytes")
+            raw = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise broken("the header is not JSON") from error
+    if not isinstance(header, dict):
+        raise broken("the header is not a JSON object")
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = _entry(entry, lambda what, name=name: broken(f"tensor {name}: {what}"))
+        if dtype not in _ITEM_SIZES:
+            raise UserError(f"{path}: tensor {name} has type {dtype}; only {', '.join(_ITEM_SIZES)} are supported")
+        if end - begin != math.prod(shape) * _ITEM_SIZES[dtype]:
+            raise broken(f"tensor {name}: {end - begin} bytes for {dtype} of shape {shape}")
+        spans.append((begin, end, name))
+        tensors[name] = StoredTensor(path, name, dtype, shape, 8 + length + begin)
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise broken(f"tensor {name} begins at byte {begin} of the data and not at {position}")
+        position = end
+    if position != size - 8 - length:
+        raise broken(f"its tensors take {position} bytes and it holds {size - 8 - length}")
+    return tensors
+
+
+def read_tensor(tensor: StoredTensor) -> np.ndarray:
+    """The tensor as a new float32 array (bfloat16 and float16 widen exactly)."""
+    kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.dtype]
+    count = math.prod(tensor.shape)
+    try:
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            flat = np.fromfile(file, dtype=kind, count=count)
+    except OSError as error:
+        raise UserError(f"{tensor.path}: tensor {tensor.name} can't be read: {error.strerror}") from error
+    if flat.size != count:
+        raise UserError(f"{tensor.path}: ends within tensor {tensor.name}; it changed while it was read")
+    if tensor.dtype == "BF16":
+        flat = np.left_shift(flat, 16, dtype=np.uint32).view(np.float32)
+    return flat.astype(np.float32, copy=False).reshape(tensor.shape)
+
+
+def _entry(entry: object, broken) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise broken("no dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+            raise broken("shape and data_offsets must be lists of whole numbers")
+    if not isinstance(dtype, str) or len(offsets) != 2:
+        raise broken("dtype must be a name and data_offsets a pair")
+    return dtype, tuple(shape), (offsets[0], offsets[1])
