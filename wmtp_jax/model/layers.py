@@ -53,6 +53,22 @@ def attention_mask(segment_ids: Array) -> Array:
     return (causal & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None]
 
 
+def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
+    """Softmax attention, `[B, S, N, C]` x `[B, S, K, C]` x `[B, S, K, C]` -> `[B, S, N, C]`; softmax in float32.
+
+    Written as matrix products over (row, head) with the positions last but one: on a CPU forward and backward take two
+    thirds of the time of `jax.nn.dot_product_attention`, whose layout XLA does not hand to the matrix library.
+    """
+    rows, length, heads, size = query.shape
+    groups = key.shape[2]
+    query = query.reshape(rows, length, groups, heads // groups, size).transpose(0, 2, 3, 1, 4) * size**-0.5
+    key, value = (x.transpose(0, 2, 1, 3)[:, :, None] for x in (key, value))
+    scores = jnp.matmul(query, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None], scores, -1e30), axis=-1).astype(value.dtype)
+    mixed = jnp.matmul(weights, value)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, size)
+
+
 class Norm(nnx.Module):
     """RMSNorm, or LayerNorm with a bias, over the last axis; computed in float32."""
 
@@ -121,8 +137,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, context: Context) -> Array:
         query, key, value = self.project(x, context.rotary)
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=context.mask)
-        return self.output(mixed.reshape(*x.shape[:-1], -1))
+        return self.output(attend(query, key, value, context.mask).reshape(*x.shape[:-1], -1))
 
 
 class FeedForward(nnx.Module):

@@ -1,0 +1,106 @@
+"""Small modules: early stopping, the meter, flops, sampling, summaries."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from wmtp_jax import summary
+from wmtp_jax.flops import flops_per_token, peak_flops
+from wmtp_jax.generate import sample
+from wmtp_jax.meter import Meter
+from wmtp_jax.model import Model, ModelSettings
+from wmtp_jax.stopping import Stopping
+from wmtp_jax.train_step import Weighting, loss_and_gradients, merge, split
+
+SETTINGS = ModelSettings(
+    vocabulary_size=64, width=64, layers=1, attention_heads=2, kv_heads=2, head_dim=32, mlp_width=128, max_positions=32,
+    num_heads=1, head_kind="linear",
+)  # fmt: skip
+
+
+def test_stopping_counts_evaluations_without_a_new_best():
+    stopping = Stopping("m", 2)
+    assert [stopping.update({"m": value}) for value in (3.0, 2.0, 2.5, 1.9, 2.0, 1.9)] == [False] * 5 + [True]
+    resumed = Stopping("m", 2)
+    resumed.restore(stopping.state())
+    assert resumed.exhausted and resumed.best == 1.9
+    fresh = Stopping("m", 2)
+    fresh.restore(Stopping("m", 2).state())
+    assert not fresh.update({"m": 1e9})
+    assert not any(Stopping("", 1).update({"m": value}) for value in (1.0, 2.0, 3.0))
+
+
+def test_meter_leaves_out_compilation_and_pauses():
+    now = [0.0]
+    meter = Meter(tokens_per_step=100, flops_per_token=10.0, peak_flops=1000.0, clock=lambda: now[0])
+    assert meter.read() == {}
+    now[0] = 50.0  # the first update, compilation included
+    meter.count()
+    assert meter.read() == {}
+    for _ in range(4):
+        now[0] += 2.0
+        meter.count()
+    with meter.paused():
+        now[0] += 100.0
+    assert meter.read() == {"train/tokens_per_second": pytest.approx(50.0), "train/mfu": pytest.approx(0.5)}
+    now[0] += 1.0
+    meter.count()
+    assert meter.read()["train/tokens_per_second"] == pytest.approx(100.0)
+
+
+def test_flops_by_formula_agree_with_xla():
+    """One layer, one head, so that XLA's analysis, which counts a loop's body once, sees everything once."""
+    rows, length = 2, 32
+    definition, parameters = split(nnx.eval_shape(lambda: Model(SETTINGS, rngs=nnx.Rngs(0))))
+    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch["targets"] = jax.ShapeDtypeStruct((rows, length, 1), jnp.int32)
+    batch["mask"] = jax.ShapeDtypeStruct((rows, length, 1), jnp.bool_)
+    step = jax.jit(lambda p, b: loss_and_gradients(p, b, definition=definition, settings=Weighting())[:2])
+    counted = step.lower(parameters, batch).compile().cost_analysis()["flops"] / (rows * length)
+    recomputed = 2 * SETTINGS.width * SETTINGS.vocabulary_size  # the loss makes its logits a second time
+    expected = flops_per_token(SETTINGS, length) + recomputed
+    # XLA counts norms, softmax and elementwise work too: a tenth more at this small width.
+    assert expected < counted < 1.15 * expected
+
+
+def test_every_head_kind_counts_its_own_layers():
+    import dataclasses
+
+    def of(**changes) -> float:
+        return flops_per_token(dataclasses.replace(SETTINGS, **changes), 32)
+
+    unembedding = 6 * 64 * 64
+    layer = of(layers=2) - of(layers=1)
+    assert of(num_heads=3) - of() == 2 * unembedding
+    assert of(num_heads=3, head_kind="block") - of(head_kind="block") == 2 * (layer + unembedding)
+    assert of(num_heads=2, head_kind="sequential") - of() == layer + unembedding + 6 * 2 * 64 * 64
+
+
+def test_a_cpus_peak_is_measured_and_positive():
+    assert 1e8 < peak_flops(jax.devices("cpu")[0]) < 1e14
+
+
+def test_greedy_sampling_takes_the_likeliest_token_each_time():
+    definition, parameters = split(Model(SETTINGS, rngs=nnx.Rngs(0)))
+    prompts = jax.random.randint(jax.random.key(1), (2, 5), 0, 64)
+    got = np.asarray(
+        sample(parameters, prompts, jax.random.key(0), definition=definition, new_tokens=4, temperature=0.0)
+    )
+    tokens = np.asarray(prompts)
+    for _ in range(4):
+        logits = merge(definition, parameters).logits(tokens)
+        tokens = np.concatenate([tokens, np.asarray(logits[:, -1, 0].argmax(-1))[:, None]], axis=1)
+    np.testing.assert_array_equal(got, tokens)
+
+
+def test_summary_table_has_every_head_in_order():
+    before = {f"eval/ce_head_{k}": 7.0 for k in range(11)} | {"eval/bits_per_byte": 3.0}
+    after = {f"eval/ce_head_{k}": 1.0 + k for k in range(11)} | {"eval/bits_per_byte": 2.0}
+    lines = summary.table(before, after, bigram={"eval/ce_head_0": 4.5}).splitlines()
+    assert [line.split()[1].rstrip(",") for line in lines[1:12]] == [str(k) for k in range(11)]
+    assert "4.500" in lines[1] and "4.500" not in lines[2]
+    assert summary.human_bytes(1536) == "1.5 KiB"
