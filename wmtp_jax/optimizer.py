@@ -74,7 +74,10 @@ def parameter_kinds(parameters: Any) -> Any:
 
 
 def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW, or Muon for matrices with AdamW for the rest. Weight decay applies to matrices only."""
+    """Clipping, then AdamW, or Muon for matrices with AdamW for the rest (with Nesterov's momentum, as optax's Muon has it).
+
+    Weight decay applies to matrices only.
+    """
     factor = make_schedule(settings, total_steps)
 
     def scaled(rate: float) -> optax.Schedule:

@@ -10,8 +10,8 @@ What every run gets, on Linux with namespaces (`capabilities()` says what holds 
 - PID, mount, network, IPC and UTS namespaces: no other process to see or signal, no network, and a file system of
   Python's own library and an empty /tmp in memory, without site-packages, /proc, home directories or the project. All
   of it ceases to exist with the run;
-- limits: wall time, CPU time, address space of a process, resident memory of all, processes and threads, open files,
-  file size, disk, output;
+- limits: wall time, CPU time, address space of a process, memory of all in use, processes and threads, open files, file
+  size, disk, output;
 - a seccomp filter (x86-64 and aarch64): no sockets, no other process's memory, no mounts, keys, io_uring and the like;
 - no tracing, no `ctypes`, no references by way of `gc`, no `fcntl` and `ioctl` (in `run_program`).
 
@@ -37,7 +37,6 @@ What it does not protect from, anywhere:
 
 from __future__ import annotations
 
-import ast
 import builtins
 import functools
 import glob
@@ -47,6 +46,7 @@ import os
 import signal
 import socket
 import subprocess
+import symtable
 import sys
 import tempfile
 import threading
@@ -63,6 +63,7 @@ PROCESSES = 64  # Threads count.
 OPEN_FILES = 256
 _LEAST_MEMORY = 1 << 26  # Python itself takes about 20 MiB of address space.
 _GRACE_SECONDS = 20.0  # For the launcher beyond the program's own limit, on a machine that is very busy.
+_CANCELLED = "ended by the caller"
 _HERE = Path(__file__).parent
 
 
@@ -100,8 +101,8 @@ def run_program(
       it prints may well end with `sys.exit(0)`: judge it by `exit_code == 0` and `stdout`.
 
     The source runs as `__main__`, with hash seed 0 and UTF-8 streams, in an empty directory. Bytes of its output that
-    are no UTF-8 become U+FFFD. More than 16 MiB on stdout or stderr end it, as does a resident memory of all its
-    processes above `memory_bytes`, which is the limit of the address space of each.
+    are no UTF-8 become U+FFFD. More than 16 MiB on stdout or stderr end it. `memory_bytes` limits the address space of
+    each of its processes, and the sum of the private memory that all have in use, looked at every 0.1 s.
 
     Raises:
       ValueError: a limit makes no sense.
@@ -126,10 +127,10 @@ def run_tests(
     taken from the candidate's globals. A call of one of its functions crosses to its process and back. Plain data
     (numbers, strings, bytes, lists, tuples, sets, dicts, ranges, `Decimal`, `Fraction`, and subclasses as these) comes
     back by value, and arguments that the function changed in place change; exceptions come back as the nearest built-in
-    class; built-in classes and standard modules are each side's own; any other object stays there, and the tests hold a reference, which can
-    be called, iterated, indexed and asked for its attributes, and which equals itself alone. So nothing that the
-    candidate does reaches the interpreter that compares and judges: it passes by right answers only, and a result with
-    a lying `==`, a patched builtin, an exit, a forged proof or a walk over frames is of no use to it.
+    class; built-in classes and standard modules are each side's own; any other object stays there, and the tests hold a
+    reference, which can be called, iterated, indexed and asked for its attributes, and which equals itself alone. So
+    nothing that the candidate does reaches the interpreter that compares and judges: it passes by right answers only,
+    and a result with a lying `==`, a patched builtin, an exit, a forged proof or a walk over frames is of no use to it.
 
     A test can't pass what is no plain data (a lambda) to the candidate, nor catch an exception class of its making.
 
@@ -159,6 +160,8 @@ def run_tests(
         result = _result(judge.report(), timeout_seconds)
         # With no more requests the candidate's process ends too, unless it is busy.
         served_result = _result(server.report(patience=0.3), timeout_seconds)
+    if result.status == "failed" and served_result.exit_code != 0 and served_result.reason != _CANCELLED:
+        result = result._replace(reason=f"the candidate: {served_result.reason}")
     return result._replace(stdout=served_result.stdout + result.stdout, stderr=served_result.stderr + result.stderr)
 
 
@@ -331,7 +334,7 @@ def _result(report: dict, timeout: float) -> ProgramResult:
     if limit == "time" or code == -signal.SIGXCPU:
         status, reason = "timeout", f"no end within {timeout:g} s"
     elif limit == "cancelled":
-        reason = "ended by the caller"
+        reason = _CANCELLED
     elif limit:
         reason = f"above its limit of {limit}"
     elif code < 0:
@@ -378,22 +381,16 @@ def _python_files() -> tuple[list[str], list[str]]:
 
 
 def _free_names(source: str) -> set[str]:
-    """Returns the names that `source` loads but does not bind anywhere, builtins apart; none if it can't be parsed."""
+    """Returns the global names that `source` uses and does not bind, builtins apart; none if it can't be compiled."""
     try:
-        tree = ast.parse(source)
+        tables = [symtable.symtable(source, "<tests>", "exec")]
     except (SyntaxError, ValueError):  # Which the tests' own process will report.
         return set()
-    loaded, bound = set(), set(dir(builtins))
-    for node in ast.walk(tree):
-        match node:
-            case ast.Name(id=name, ctx=ast.Load()):
-                loaded.add(name)
-            case ast.Name(id=name) | ast.arg(arg=name):
-                bound.add(name)
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                bound.add(name)
-            case ast.ExceptHandler(name=str(name)):
-                bound.add(name)
-            case ast.alias(name=name, asname=asname):
-                bound.add(asname or name.partition(".")[0])
-    return loaded - bound
+    used, bound = set(), set(dir(builtins))
+    for table in tables:  # Which grows by the scopes inside.
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if table.get_type() == "module" or symbol.is_global():
+                binds = symbol.is_assigned() or symbol.is_imported()
+                (bound if binds else used).add(symbol.get_name())
+    return used - bound

@@ -115,9 +115,12 @@ class Link:
     def ask(self, verb, *operands):
         """Returns the answer to one request; lists, dicts and the like among `operands` change as they did there."""
         sent = [self.encode(operand) for operand in operands]
-        self.stream.write(json.dumps([verb, *sent]).encode() + b"\n")
-        self.stream.flush()
-        line = self.stream.readline()
+        try:
+            self.stream.write(json.dumps([verb, *sent]).encode() + b"\n")
+            self.stream.flush()
+            line = self.stream.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            line = b""
         if not line:
             raise EOFError("the candidate's process has ended")
         answer = json.loads(line)
@@ -199,7 +202,11 @@ def serve(stream, module):
         return numbers[id(value)]
 
     verbs = {"getattr": getattr, "setattr": setattr, "len": len, "iter": iter, "next": next, "bool": bool, "str": str}
-    verbs |= {"repr": repr, "getitem": lambda o, key: o[key], "setitem": lambda o, key, value: o.__setitem__(key, value)}
+    verbs |= {
+        "repr": repr,
+        "getitem": lambda o, key: o[key],
+        "setitem": lambda o, key, value: o.__setitem__(key, value),
+    }
     for line in stream:
         verb, *operands = json.loads(line)
         try:
@@ -210,7 +217,9 @@ def serve(stream, module):
             elif verb == "call":
                 function, arguments, keywords = operands
                 value = function(*arguments, **keywords)
-                changes = [encode(a, keep) if isinstance(a, MUTABLE) else None for a in (*arguments, *keywords.values())]
+                changes = [
+                    encode(a, keep) if isinstance(a, MUTABLE) else None for a in (*arguments, *keywords.values())
+                ]
             else:
                 value = verbs[verb](*operands)
             answer = json.dumps(["ok", encode(value, keep), changes])
@@ -298,8 +307,7 @@ if __name__ == "__main__":
             # returns, nothing but C code that nobody can replace stands between the program's end and the proof.
             write(
                 4,
-                read(4, 32)
-                + (exec(compile(source, f"<{role}>", "exec", dont_inherit=True), vars(module)) or b""),
+                read(4, 32) + (exec(compile(source, f"<{role}>", "exec", dont_inherit=True), vars(module)) or b""),
             )
     except SystemExit:
         raise

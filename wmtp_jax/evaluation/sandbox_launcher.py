@@ -24,13 +24,11 @@ import traceback
 LINUX = sys.platform == "linux"
 
 # Linux constants that Python 3.11 does not name.
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1, 2, 4, 8, 32, 4096, 16384, 1 << 18,
-)  # fmt: skip
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = (
-    0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
-)  # fmt: skip
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 CLONE_NAMESPACES = 0x7E020080  # Those above, and cgroup and time.
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 
@@ -40,24 +38,26 @@ SYSTEM_CALLS = {
         0xC000003E,
         {
             "add_key": 248, "bpf": 321, "chroot": 161, "clone": 56, "clone3": 435, "fcntl": 72, "fsmount": 432,
-            "fsopen": 430, "io_uring_setup": 425, "kcmp": 312, "keyctl": 250, "kill": 62, "memfd_create": 319, "mount": 165,
-            "mount_setattr": 442, "move_mount": 429, "name_to_handle_at": 303, "open_by_handle_at": 304,
+            "fsopen": 430, "io_uring_setup": 425, "kcmp": 312, "keyctl": 250, "kill": 62, "memfd_create": 319,
+            "mount": 165, "mount_setattr": 442, "move_mount": 429, "name_to_handle_at": 303, "open_by_handle_at": 304,
             "open_tree": 428, "perf_event_open": 298, "pidfd_getfd": 438, "pidfd_send_signal": 424, "pivot_root": 155,
             "prlimit64": 302, "process_vm_readv": 310, "process_vm_writev": 311, "ptrace": 101, "request_key": 249,
             "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "setns": 308, "setpgid": 109, "setsid": 112,
-            "shmget": 29, "socket": 41, "tgkill": 234, "tkill": 200, "umount2": 166, "unshare": 272, "userfaultfd": 323,
+            "shmget": 29, "socket": 41, "tgkill": 234, "tkill": 200, "umount2": 166, "unshare": 272,
+            "userfaultfd": 323,
         },
     ),
     "aarch64": (
         0xC00000B7,
         {
             "add_key": 217, "bpf": 280, "chroot": 51, "clone": 220, "clone3": 435, "fcntl": 25, "fsmount": 432,
-            "fsopen": 430, "io_uring_setup": 425, "kcmp": 272, "keyctl": 219, "kill": 129, "memfd_create": 279, "mount": 40,
-            "mount_setattr": 442, "move_mount": 429, "name_to_handle_at": 264, "open_by_handle_at": 265,
+            "fsopen": 430, "io_uring_setup": 425, "kcmp": 272, "keyctl": 219, "kill": 129, "memfd_create": 279,
+            "mount": 40, "mount_setattr": 442, "move_mount": 429, "name_to_handle_at": 264, "open_by_handle_at": 265,
             "open_tree": 428, "perf_event_open": 241, "pidfd_getfd": 438, "pidfd_send_signal": 424, "pivot_root": 41,
             "prlimit64": 261, "process_vm_readv": 270, "process_vm_writev": 271, "ptrace": 117, "request_key": 218,
             "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "setns": 268, "setpgid": 154, "setsid": 157,
-            "shmget": 194, "socket": 198, "tgkill": 131, "tkill": 130, "umount2": 39, "unshare": 97, "userfaultfd": 282,
+            "shmget": 194, "socket": 198, "tgkill": 131, "tkill": 130, "umount2": 39, "unshare": 97,
+            "userfaultfd": 282,
         },
     ),
 }  # fmt: skip
@@ -247,33 +247,43 @@ def tasks_of_user(proc, uid):
     return total
 
 
-def descendants(proc):
-    """Returns {pid: resident bytes} of the processes below this one, zombies apart. `proc` is a descriptor of /proc.
+def read_process_file(proc, path):
+    """Returns a file of /proc, of which `proc` is a descriptor; empty if its process has ended."""
+    try:
+        file = os.open(path, os.O_RDONLY, dir_fd=proc)
+    except OSError:
+        return b""
+    try:
+        return os.read(file, 4096)
+    except OSError:
+        return b""
+    finally:
+        os.close(file)
 
-    Pids are those of the PID namespace that `proc` belongs to.
-    """
-    parents, resident = {}, {}
+
+def descendants(proc):
+    """Returns the processes below this one, zombies apart, with the pids of the namespace that `proc` belongs to."""
+    parents = {}
     for name in os.listdir(proc):
-        if not name.isdigit():
-            continue
-        try:
-            file = os.open(f"{name}/stat", os.O_RDONLY, dir_fd=proc)
-        except OSError:  # It has ended.
-            continue
-        try:
+        if name.isdigit():
             # "pid (name) state ppid ...": the name may hold anything.
-            fields = os.read(file, 4096).rpartition(b")")[2].split()
-        except OSError:
-            continue
-        finally:
-            os.close(file)
-        if fields[0] not in (b"Z", b"X"):
-            parents[int(name)], resident[int(name)] = int(fields[1]), int(fields[21]) * resource.getpagesize()
+            fields = read_process_file(proc, f"{name}/stat").rpartition(b")")[2].split()
+            if fields and fields[0] not in (b"Z", b"X"):
+                parents[int(name)] = int(fields[1])
     below, found = set(), {int(os.readlink("self", dir_fd=proc))}
     while found:
         found = {pid for pid, parent in parents.items() if parent in found} - below
         below |= found
-    return {pid: resident[pid] for pid in below}
+    return below
+
+
+def private_memory(proc, pids):
+    """Returns the bytes of memory in use by `pids` that no file backs."""
+    pages = 0
+    for pid in pids:
+        fields = read_process_file(proc, f"{pid}/statm").split()
+        pages += int(fields[1]) - int(fields[2]) if fields else 0
+    return pages * resource.getpagesize()
 
 
 def start_program(request, user, proc, descriptors):
@@ -299,15 +309,15 @@ def start_program(request, user, proc, descriptors):
 def become_program(request, user, proc, descriptors):
     namespaces, timeout = request["namespaces"], request["timeout"]
     os.setsid()
+    tasks = request["processes"]
+    if LINUX and not namespaces and user is None:
+        tasks += tasks_of_user(proc, os.getuid())  # The limit counts all that a user runs.
     # Out of the way first: one of them might have a number that another shall get.
     moved = [os.dup(descriptor) for descriptor in descriptors]
     while min(moved) < len(moved):
         moved = [os.dup(descriptor) if descriptor < len(moved) else descriptor for descriptor in moved]
     for number, descriptor in enumerate(moved):
         os.dup2(descriptor, number, inheritable=True)
-    tasks = request["processes"]
-    if LINUX and not namespaces and user is None:
-        tasks += tasks_of_user(proc, os.getuid())  # The limit counts all that a user runs.
     limits = {
         resource.RLIMIT_CPU: math.ceil(timeout) + 1,
         resource.RLIMIT_FSIZE: request["disk_bytes"],
@@ -409,10 +419,10 @@ def supervise(request, user, proc, link):
             limit = "time"
             break
         if now >= next_watch and proc is not None:
-            resident = descendants(proc)
-            if sum(resident.values()) > request["memory_bytes"]:
+            pids = descendants(proc)
+            if private_memory(proc, pids) > request["memory_bytes"]:
                 limit = "memory"
-            elif len(resident) > request["processes"]:  # A limit that does not bind some users.
+            elif len(pids) > request["processes"]:  # A limit that does not bind some users.
                 limit = "processes"
             next_watch = time.monotonic() + WATCH_SECONDS
         for descriptor, _ in poll.poll(1000 * max(0.0, min(deadline, next_watch) - now)):
