@@ -228,13 +228,34 @@ def test_inspected_weights_are_the_weights_of_the_update():
     reference = make_reference()
     batch = make_batch()
     entries = inspect_tokens(
-        parameters, batch, reference.parameters,
+        parameters, batch, reference.parameters, 0,
         definition=definition, settings=ALGORITHMS["tokenskip"], reference_definition=reference.definition,
     )  # fmt: skip
     _, _, losses, weights = gradients_of("tokenskip", 1)(parameters, batch)
     mask = np.asarray(batch["mask"])
     np.testing.assert_array_equal(np.asarray(entries["weight"])[mask] > 0, np.asarray(weights)[mask] > 0)
     np.testing.assert_allclose(np.asarray(entries["loss"])[mask], np.asarray(losses)[mask], rtol=1e-5)
+
+
+def test_stored_reference_losses_give_the_weights_of_the_reference():
+    """Stored by token, as scoring leaves them: the same update, and no reference model in it."""
+    definition, parameters = make_model()
+    reference = make_reference()
+    batch = make_batch()
+    logits = merge(*reference).logits(batch["tokens"], batch["segment_ids"], batch["positions"])[:, :, 0]
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    tokens, place = np.asarray(batch["tokens"]), np.asarray(batch["positions"])
+    stored = np.zeros((B, S), np.float32)
+    for b in range(B):
+        for t in range(1, S):
+            if place[b, t] > 0:
+                stored[b, t] = -log_p[b, t - 1, tokens[b, t]]
+    _, _, _, expected = gradients_of("weighted", 1)(parameters, batch)
+    _, _, _, got = loss_and_gradients(
+        parameters, {**batch, "reference_loss": jnp.asarray(stored)}, definition=definition, settings=ALGORITHMS["weighted"]
+    )
+    mask = np.asarray(batch["mask"])
+    np.testing.assert_allclose(np.asarray(got)[mask], np.asarray(expected)[mask], rtol=1e-4)
 
 
 def test_reference_receives_no_gradient_and_keeps_its_parameters():

@@ -170,7 +170,7 @@ def defaults() -> ConfigDict:
 def recipe_defaults(target: str) -> ConfigDict:
     """`defaults()` at the size of a target: what the recipes of single algorithms share, so that they differ in nothing else.
 
-    local: 4M parameters for a CPU; mps: 20M for Apple silicon; gpu: a 1B Llama for one 80 GB GPU; vessl: Llama 2's 7B shape
+    local: 8.5M parameters for a CPU; mps: 36M for Apple silicon; gpu: a 1B Llama for one 80 GB GPU; vessl: Llama 2's 7B shape
     for 4 x A100/H100, both with bfloat16 products and `block` heads as in Meta's MTP.
     """
     check_target(target)

@@ -36,10 +36,9 @@ def sample(
     def one_token(i: Array, tokens: Array) -> Array:
         shared = model.trunk(tokens, positions, context)
 
-        def last_logits(hidden: Array, unembedding: Array, _: None) -> Array:
-            return hidden[:, i - 1].astype(jnp.float32) @ unembedding
-
-        logits = model.map_heads(last_logits, shared, tokens, context, None, num_heads=1)[0]
+        [(states, _)] = model.head_groups(shared, tokens, context, num_heads=1)
+        last = states.reshape(rows, length, -1)[:, i - 1]
+        logits = last.astype(jnp.float32) @ model.unembed()
         if temperature == 0:
             chosen = jnp.argmax(logits, axis=-1)
         else:

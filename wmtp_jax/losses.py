@@ -296,9 +296,7 @@ def _gradients(
     def head_step(head, carry):
         return _loop(vocabulary, tile, partial(tile_step, head), carry)
 
-    d_hidden, d_unembedding = _loop(
-        heads, 1, head_step, (jnp.zeros(hidden.shape, dtype), jnp.zeros_like(unembedding))
-    )
+    d_hidden, d_unembedding = _loop(heads, 1, head_step, (jnp.zeros(hidden.shape, dtype), jnp.zeros_like(unembedding)))
     return d_hidden.astype(hidden.dtype), d_unembedding
 
 

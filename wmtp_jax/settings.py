@@ -79,9 +79,10 @@ def rotary_frequencies(settings: ModelSettings) -> np.ndarray:
             return plain / np.float32(s.rope_factor)
         case "llama3":
             original, low, high = s.rope_original_positions, s.rope_low_frequency, s.rope_high_frequency
-            length = np.float32(2 * math.pi) / plain
+            # A number over an array is number times reciprocal in torch, which rounds twice.
+            length = one / plain * np.float32(2 * math.pi)
             scaled = np.where(length > original / low, plain / np.float32(s.rope_factor), plain)
-            share = (np.float32(original) / length - np.float32(low)) / np.float32(high - low)
+            share = (one / length * np.float32(original) - np.float32(low)) / np.float32(high - low)
             mixed = (one - share) * scaled / np.float32(s.rope_factor) + share * scaled
             between = ~(length < original / high) & ~(length > original / low)
             return np.where(between, mixed, scaled)

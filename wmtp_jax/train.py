@@ -146,6 +146,7 @@ def run(
             definition=definition,
             settings=weighting_settings(config),
             reference_definition=reference_definition,
+            seed=config.train.seed,
             chunk_size=chunk_size,
         )
     )
@@ -176,7 +177,7 @@ def run(
 
     def keep_tokens() -> None:
         if config.eval.token_rows:
-            entries = inspect(state.parameters, token_batch, reference_parameters)
+            entries = inspect(state.parameters, token_batch, reference_parameters, state.step)
             save_arrays(directory / "tokens" / f"{int(state.step)}.npz", {**token_batch, **entries})
 
     def check_finite(step: int, metrics: StepMetrics, batch: Batch) -> None:

@@ -20,7 +20,9 @@ from wmtp_jax.model import Model
 
 Array = jax.Array
 Parameters = dict[str, Any]
-Batch = dict[str, Array]  # tokens, segment_ids, positions [B, S]; targets, mask [B, S, H]; see data/
+# tokens, segment_ids, positions [B, S]; targets, mask [B, S, H]; where they were scored beforehand, reference_loss [B, S]:
+# entry t is -log P(x[t] | x[<t]), 0 at a segment's first token. See data/.
+Batch = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +86,14 @@ def head_statistics(model: Model, batch: Batch, *, chunk_size: int | None = None
     """
     context = model.context(batch["segment_ids"], batch["positions"])
     shared = model.trunk(batch["tokens"], batch["positions"], context)
-    targets = jnp.moveaxis(batch["targets"], -1, 0)
-
-    def of_head(hidden: Array, unembedding: Array, targets: Array) -> TokenStatistics:
-        unembedding = unembedding.astype(hidden.dtype)
-        return token_statistics(hidden, unembedding, targets, chunk_size=chunk_size)
-
-    stacked = model.map_heads(of_head, shared, batch["tokens"], context, targets, num_heads=targets.shape[0])
-    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, -1), stacked)
+    targets = batch["targets"]
+    groups, start = [], 0
+    for states, unembedding in model.head_groups(shared, batch["tokens"], context, num_heads=targets.shape[-1]):
+        stop = start + (unembedding.shape[0] if unembedding.ndim == 3 else states.shape[-2])
+        narrow = unembedding.astype(states.dtype)
+        groups.append(token_statistics(states, narrow, targets[..., start:stop], chunk_size=chunk_size))
+        start = stop
+    return TokenStatistics(*(jnp.concatenate(parts, axis=-1) for parts in zip(*groups, strict=True)))
 
 
 def reference_loss(reference: Reference, batch: Batch, *, alignment: str, chunk_size: int | None = None) -> Array:
@@ -245,7 +247,7 @@ def loss_and_gradients(
       batch: see `Batch`; B a multiple of `accumulation`.
       definition: the model's structure.
       settings: which weights.
-      reference: the reference model, where the algorithm needs one.
+      reference: the reference model, where the algorithm needs one and the batch holds no stored losses.
       step: completed updates.
       seed: of the random permutation (`settings.permute`).
       accumulation: parts.
@@ -263,6 +265,8 @@ def loss_and_gradients(
     def reference_of(part: Batch) -> Array | None:
         if not needs_reference(settings):
             return None
+        if "reference_loss" in part:
+            return weighting.align_to_heads(part["reference_loss"], num_heads=part["mask"].shape[-1])
         return reference_loss(reference, part, alignment=settings.alignment, chunk_size=chunk_size)
 
     def objective(parameters: Parameters, part: Batch, given: Array | None) -> tuple[Array, tuple[Array, Array]]:
@@ -355,14 +359,17 @@ def inspect_tokens(
     parameters: Parameters,
     batch: Batch,
     reference_parameters: Parameters | None,
+    step: Array | int,
     *,
     definition: nnx.GraphDef,
     settings: Weighting,
     reference_definition: nnx.GraphDef | None = None,
+    seed: int = 0,
     chunk_size: int | None = None,
 ) -> dict[str, Array]:
     """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and, where there is a
-    reference, `reference_loss`, each `[B, S, H]`. Scopes are those of this batch; entries behind the mask mean nothing."""
+    reference, `reference_loss`, each `[B, S, H]`. The weights are those that an update after `step` would use, in the
+    scopes of this batch; entries behind the mask mean nothing."""
     statistics = head_statistics(merge(definition, parameters), batch, chunk_size=chunk_size)
     entries = {"loss": statistics.loss, "entropy": statistics.entropy}
     if reference_parameters is not None:
@@ -370,9 +377,8 @@ def inspect_tokens(
         entries["reference_loss"] = reference_loss(
             reference, batch, alignment=settings.alignment, chunk_size=chunk_size
         )
-    entries["weight"] = token_weights(
-        settings, statistics, batch["mask"], reference_loss=entries.get("reference_loss")
-    )
+    known = entries.get("reference_loss")
+    entries["weight"] = _batch_weights(settings, statistics, batch, jnp.asarray(step), seed, known)
     return entries
 
 

@@ -1,7 +1,6 @@
 """The model: a decoder trunk, H prediction heads and, where asked for, a value head. Shapes as in `layers.py`.
 
-`map_heads` is the one place that knows how the heads differ. It hands each head's final hidden state and unembedding to a
-function and keeps what that returns, so no caller ever holds more than one head's hidden states, or any logits.
+`head_groups` is the one place that knows how the heads differ: everything that needs logits goes through it.
 """
 
 from __future__ import annotations
@@ -25,9 +24,6 @@ from wmtp_jax.model.layers import (
     stack,
 )
 from wmtp_jax.settings import ModelSettings
-
-# Named where losses.py makes it: with it kept, the backward pass of a head repeats its layer but not its logits.
-SAVED_BY_NAME = ("log_sum_exp",)
 
 
 class SequentialHead(nnx.Module):
@@ -131,73 +127,64 @@ class Model(nnx.Module):
 
     # ---- the heads -------------------------------------------------------------------------------------------------
 
-    def map_heads(
-        self,
-        function: Callable[[Array, Array, Any], Any],
-        shared: Array,
-        tokens: Array,
-        context: Context,
-        inputs: Any,
-        *,
-        num_heads: int | None = None,
-    ) -> Any:
-        """`function(hidden_k [B, S, D], unembedding_k [D, V], inputs_k)` for every head, results stacked along axis 0.
+    def head_groups(
+        self, shared: Array, tokens: Array, context: Context, *, num_heads: int | None = None
+    ) -> list[tuple[Array, Array]]:
+        """What the heads' logits are made of, as few products as can be: (final hidden states, unembedding) of each group.
 
-        Heads run one after the other (`lax.scan`), each under `jax.checkpoint`: memory for one head at a time, forward
-        and backward.
+        A group is either h heads that share their states, `[B, S, D]` with `[h, D, V]`, or h heads that share their
+        unembedding, `[B, S, h, D]` with `[D, V]`. The groups' heads, one group after the other, are heads 0, 1, ...
+
+        The layers of `block` and `sequential` heads run one after the other (`lax.scan`), each under `jax.checkpoint`, so
+        that no more than one head's layer is held, forward or backward. Their states, `h B S D`, are kept: the loss then
+        makes one gradient of the unembedding, `D V`, and not one for every head on top of their sum.
 
         Args:
-          function: what to make of one head; its arrays must have the same shapes for every head.
           shared: the trunk's output, `[B, S, D]`.
-          tokens: `[B, S]`; depth k of a `sequential` head reads x[s+k], zeros' embedding past the row's end.
+          tokens: `[B, S]`; depth k of `sequential` heads reads x[s+k], token 0's embedding past the row's end.
           context: of the same batch as `shared`.
-          inputs: a tree of arrays with a leading axis of `num_heads`.
           num_heads: only the first so many heads; all by default.
+
+        Raises:
+          ValueError: more heads than there are, or none.
         """
         count = num_heads or self.settings.num_heads
         if not 1 <= count <= self.settings.num_heads:
             raise ValueError(f"num_heads {count}: the model has {self.settings.num_heads}")
         unembedding = self.unembed()
-        at = lambda tree, k: jax.tree.map(lambda leaf: leaf[k], tree)  # noqa: E731
-        upto = lambda tree, start: jax.tree.map(lambda leaf: leaf[start:count], tree)  # noqa: E731
-        remat = jax.checkpoint_policies.save_only_these_names(*SAVED_BY_NAME)
+        match self.settings.head_kind:
+            case "linear":
+                groups = [(shared, unembedding[None])]
+                return groups + [(shared, self.heads[...][: count - 1])] if count > 1 else groups
+            case "block":
+                states = self._block_states(shared, context, count)
+            case _:
+                states = self._sequential_states(shared, tokens, context, count)
+        return [(jnp.moveaxis(states, 0, 2), unembedding)]
 
-        if self.settings.head_kind == "block":
-            definition, parameters = nnx.split(self.heads)
+    def _block_states(self, shared: Array, context: Context, count: int) -> Array:
+        definition, parameters = nnx.split(self.heads)
 
-            @functools.partial(jax.checkpoint, policy=remat)
-            def block(_: None, scanned: Any) -> tuple[None, Any]:
-                parameters, inputs = scanned
-                hidden = self.final_norm(nnx.merge(definition, parameters)(shared, context))
-                return None, function(hidden, unembedding, inputs)
+        @jax.checkpoint
+        def block(_: None, parameters: Any) -> tuple[None, Array]:
+            return None, self.final_norm(nnx.merge(definition, parameters)(shared, context))
 
-            return jax.lax.scan(block, None, (upto(parameters, 0), upto(inputs, 0)))[1]
+        return jax.lax.scan(block, None, jax.tree.map(lambda leaf: leaf[:count], parameters))[1]
 
-        first = function(shared, unembedding, at(inputs, 0))
+    def _sequential_states(self, shared: Array, tokens: Array, context: Context, count: int) -> Array:
         if count == 1:
-            return jax.tree.map(lambda leaf: leaf[None], first)
+            return shared[None]
+        definition, parameters = nnx.split(self.heads)
 
-        if self.settings.head_kind == "linear":
+        @jax.checkpoint
+        def depth(previous: Array, scanned: Any) -> tuple[Array, Array]:
+            parameters, tokens = scanned
+            hidden = nnx.merge(definition, parameters)(previous, self.embed(tokens), context)
+            return hidden, hidden
 
-            @functools.partial(jax.checkpoint, policy=remat)
-            def linear(_: None, scanned: Any) -> tuple[None, Any]:
-                unembedding, inputs = scanned
-                return None, function(shared, unembedding, inputs)
-
-            rest = jax.lax.scan(linear, None, (self.heads[...][: count - 1], upto(inputs, 1)))[1]
-        else:
-            definition, parameters = nnx.split(self.heads)
-            ahead = jnp.stack([_ahead(tokens, k) for k in range(1, count)])
-
-            @functools.partial(jax.checkpoint, policy=remat)
-            def depth(previous: Array, scanned: Any) -> tuple[Array, Any]:
-                parameters, tokens, inputs = scanned
-                hidden = nnx.merge(definition, parameters)(previous, self.embed(tokens), context)
-                return hidden, function(hidden, unembedding, inputs)
-
-            parameters = jax.tree.map(lambda leaf: leaf[: count - 1], parameters)
-            rest = jax.lax.scan(depth, shared, (parameters, ahead, upto(inputs, 1)))[1]
-        return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
+        ahead = jnp.stack([_ahead(tokens, k) for k in range(1, count)])
+        parameters = jax.tree.map(lambda leaf: leaf[: count - 1], parameters)
+        return jnp.concatenate([shared[None], jax.lax.scan(depth, shared, (parameters, ahead))[1]])
 
     def logits(
         self, tokens: Array, segment_ids: Array | None = None, positions: Array | None = None
@@ -222,10 +209,12 @@ def _logits(definition: nnx.GraphDef, state: nnx.State, tokens: Array, segment_i
     context = model.context(segment_ids, positions)
     shared = model.trunk(tokens, positions, context)
 
-    def product(hidden: Array, unembedding: Array, _: None) -> Array:
-        return jnp.matmul(hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    def product(states: Array, unembedding: Array) -> Array:
+        subscripts = "bsd,hdv->bshv" if unembedding.ndim == 3 else "bshd,dv->bshv"
+        narrow = unembedding.astype(states.dtype)
+        return jnp.einsum(subscripts, states, narrow, preferred_element_type=jnp.float32)
 
-    return jnp.moveaxis(model.map_heads(product, shared, tokens, context, None), 0, 2)
+    return jnp.concatenate([product(*group) for group in model.head_groups(shared, tokens, context)], axis=2)
 
 
 def segment_positions(segment_ids: Array) -> Array:

@@ -94,14 +94,8 @@ def open_directory(directory: Path) -> Published:
         or shard that is missing, of another shape, or unknown.
     """
     where = directory / "config.json"
-    config = read_json(where)
-    name = config.get("model_type")
-    family = _FAMILIES.get(name)
-    if family is None:
-        raise refuse(where, "model_type", name, f"supported are {', '.join(_FAMILIES)}")
-    _check_architecture(config, where, family)
-    settings = family.settings(config, where)
-    _check_settings(settings, where)
+    name, settings = read_settings(where)
+    family = _FAMILIES[name]
     stored = _stored_tensors(directory)
     prefix = family.prefix if any(key.startswith(family.prefix) for key in stored) else ""
     plan = {ours: _locate(ours, shape, family, prefix, settings) for ours, shape in published_shapes(settings).items()}
@@ -126,6 +120,23 @@ def open_directory(directory: Path) -> Published:
         return array if place.columns is None else array[..., place.columns]
 
     return Published(directory, name, settings, read)
+
+
+def read_settings(where: Path) -> tuple[str, ModelSettings]:
+    """The family and the settings that a `config.json` describes.
+
+    Raises:
+      UserError: names the file and the key: an architecture or a setting that is not reproduced exactly, or not a value.
+    """
+    config = read_json(where)
+    name = config.get("model_type")
+    family = _FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise refuse(where, "model_type", name, f"supported are {', '.join(_FAMILIES)}")
+    _check_architecture(config, where, family)
+    settings = family.settings(config, where)
+    _check_settings(settings, where)
+    return name, settings
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------

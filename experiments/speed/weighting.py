@@ -1,0 +1,87 @@
+"""What weighting costs: the step of every algorithm beside the baseline's, interleaved in one process.
+
+Command:  python experiments/speed/weighting.py [--pairs 7] [--rows 8] [--length 512] [--width 128] [--layers 2]
+
+The reference's forward pass is left aside: its losses come with the batch, as stored ones do. Prints, for each algorithm,
+the median over pairs of (its step / the baseline's step right before it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from wmtp_jax.data.targets import positions, shift_targets
+from wmtp_jax.model import Model, ModelSettings
+from wmtp_jax.train_step import Weighting, initial_state, split, train_step
+
+ALGORITHMS = {
+    "rho1-tokenskip": Weighting(algorithm="rho1-tokenskip"),
+    "rho1-weighted": Weighting(algorithm="rho1-weighted"),
+    "rho1-weighted, softmax over heads": Weighting(algorithm="rho1-weighted", form="softmax_over_heads"),
+    "confidence": Weighting(algorithm="confidence"),
+    "focal": Weighting(algorithm="focal"),
+    "entropy": Weighting(algorithm="entropy"),
+    "gradient": Weighting(algorithm="gradient"),
+    "hybrid": Weighting(algorithm="hybrid", members=("entropy", "head-decay"), coefficients=(0.5, 0.5)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in (("pairs", 7), ("rows", 8), ("length", 512), ("width", 128), ("layers", 2), ("heads", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    arguments = parser.parse_args()
+    settings = ModelSettings(
+        vocabulary_size=arguments.vocabulary, width=arguments.width, layers=arguments.layers,
+        attention_heads=arguments.width // 32, kv_heads=arguments.width // 32, head_dim=32,
+        mlp_width=arguments.width * 11 // 4, max_positions=arguments.length, num_heads=arguments.heads,
+        head_kind="linear",
+    )  # fmt: skip
+    definition, parameters = split(Model(settings, rngs=nnx.Rngs(0)))
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, arguments.vocabulary, (arguments.rows, arguments.length), dtype=np.int32)
+    segments = np.ones_like(tokens)
+    targets, mask = shift_targets(tokens, segments, num_heads=arguments.heads)
+    batch = {
+        "tokens": tokens, "segment_ids": segments, "positions": positions(segments), "targets": targets, "mask": mask,
+        "reference_loss": random.exponential(3.0, tokens.shape).astype(np.float32),
+    }  # fmt: skip
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    optimizer = optax.adamw(1e-3)
+    state = initial_state(parameters, optimizer)
+
+    def compiled(weighting: Weighting):
+        step = functools.partial(train_step, definition=definition, optimizer=optimizer, settings=weighting)
+        step = jax.jit(step)
+        jax.block_until_ready(step(state, batch, None))
+        return step
+
+    def seconds(step) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(step(state, batch, None))
+        return time.perf_counter() - start
+
+    baseline = compiled(Weighting())
+    print(f"{arguments.rows} x {arguments.length}, {arguments.heads} heads, width {arguments.width}, "
+          f"{arguments.layers} layers, vocabulary {arguments.vocabulary}, {jax.devices()[0].device_kind}")  # fmt: skip
+    print(f"{'algorithm':<36}{'baseline, ms':>14}{'median ratio':>14}{'lowest':>9}{'highest':>9}")
+    for name, weighting in ALGORITHMS.items():
+        step = compiled(weighting)
+        pairs = [(seconds(baseline), seconds(step)) for _ in range(arguments.pairs)]
+        ratios = [own / base for base, own in pairs]
+        middle = 1000 * statistics.median(base for base, _ in pairs)
+        print(f"{name:<36}{middle:>14.1f}{statistics.median(ratios):>14.3f}{min(ratios):>9.3f}{max(ratios):>9.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The PyTorch backend of WMTP: a thin mirror of `wmtp_jax` for Apple's MPS, CUDA and CPU; it never imports jax."""
