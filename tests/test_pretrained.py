@@ -308,15 +308,16 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path)
     opened = open_pretrained(tmp_path)
     shapes = published_shapes(opened.settings).values()
-    whole, largest = 4 * sum(map(np.prod, shapes)), 4 * max(map(np.prod, shapes))
+    largest = 4 * max(map(np.prod, shapes))
     place(opened)  # what jax and flax allocate once
     tracemalloc.start()
     model = place(opened)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     jax.block_until_ready(model.embedding[...])
-    # A bfloat16 tensor is there twice while it widens: in its file's type and in float32.
-    assert peak < whole + 1.5 * largest + 300_000, (peak, whole, largest)
+    # Stacked parameters lie in pages of their own, which aren't counted here. Besides them there is one tensor as it is read,
+    # a piece of it in its file's type, and (this small) jax's copies of the parameters that aren't stacked.
+    assert largest < peak < 3 * largest + 300_000, (peak, largest)
 
 
 def test_reading_needs_no_jax(saved, tmp_path):

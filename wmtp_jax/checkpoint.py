@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from wmtp_jax.errors import UserError
+from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.model import Model, ModelSettings
 from wmtp_jax.train_step import Parameters, TrainState, split
 
@@ -48,7 +48,7 @@ class Checkpoints:
         self.directory = directory
         self.best_metric = best_metric
         self._pending: Any = None
-        with _disk_errors(directory):
+        with disk_errors(directory, setting="--workdir"):
             self._checkpointer = ocp.training.Checkpointer(
                 directory.absolute(),
                 preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -76,7 +76,7 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return
-        with _disk_errors(self.directory):
+        with disk_errors(self.directory, setting="--workdir"):
             self._pending = self._checkpointer.save_checkpointables_async(
                 step,
                 {"parameters": state.parameters, "training": state._replace(parameters=None)._asdict()},
@@ -89,7 +89,7 @@ class Checkpoints:
         """Until the last save is complete."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            with _disk_errors(self.directory):
+            with disk_errors(self.directory, setting="--workdir"):
                 pending.result()
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -182,23 +182,6 @@ def _check_shapes(stored: Any, wanted: Any, where: Path) -> None:
                 f"{where}: holds another model than the configuration describes: {key} is {describe_side(have.get(key))} "
                 f"there and {describe_side(want.get(key))} here; give the configuration it was trained with"
             )
-
-
-@contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        # tensorstore wraps the operating system's ENOSPC and EROFS in a ValueError with the same words.
-        for words, remedy in (
-            ("No space left on device", "free some room or choose another --workdir"),
-            ("Disk quota exceeded", "free some room or choose another --workdir"),
-            ("Read-only file system", "choose another --workdir"),
-            ("Permission denied", "choose another --workdir"),
-        ):
-            if words in str(error):
-                raise UserError(f"{directory}: {words.lower()} while saving a checkpoint; {remedy}") from error
-        raise
 
 
 @contextmanager

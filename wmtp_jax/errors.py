@@ -1,5 +1,16 @@
 """The errors that end a run on purpose; `main.py` turns each into one line on stderr and an exit code."""
 
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
 
 class UserError(Exception):
     """What the user can put right: names the key, file or line, and what to do. Exit code 2, without a traceback."""
@@ -7,3 +18,30 @@ class UserError(Exception):
 
 class NonFiniteLoss(Exception):
     """The loss or a gradient became NaN or infinite; what explains it was saved. Exit code 3."""
+
+
+@contextmanager
+def disk_errors(directory: Path, *, setting: str) -> Iterator[None]:
+    """Turns a full or closed disk under `directory` into a UserError that names it and the setting to change.
+
+    Args:
+      directory: what is being written to.
+      setting: the flag or key that names another directory.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # tensorstore reports the operating system's errors as a ValueError with the same words.
+        known = {code: os.strerror(code) for code in (*_NO_ROOM, *_CLOSED)}
+        number = getattr(error, "errno", None)
+        if isinstance(error, ValueError):
+            number = next((code for code, words in known.items() if words in str(error)), None)
+        if number in _NO_ROOM:
+            raise UserError(
+                f"{directory}: no room left on its disk; make some, or name another directory in {setting}"
+            ) from error
+        if number in _CLOSED:
+            raise UserError(
+                f"{directory}: can't be written to ({known[number]}); name another directory in {setting}"
+            ) from error
+        raise

@@ -28,7 +28,7 @@ from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import Batches, validation_batches
 from wmtp_jax.devices import choose_device, keep_compiled_programs
 from wmtp_jax.dry_run import print_plan
-from wmtp_jax.errors import NonFiniteLoss, UserError
+from wmtp_jax.errors import NonFiniteLoss, UserError, disk_errors
 from wmtp_jax.evaluation.likelihood import batch_sums, evaluate
 from wmtp_jax.experiment import (
     initial_parameters,
@@ -99,7 +99,7 @@ def train(
         print_plan(config, corpus, where)
         return
 
-    with run_directory.locked(workdir):
+    with run_directory.locked(workdir), disk_errors(workdir, setting="--workdir"):
         if resume == "never" and run_directory.clear(workdir):
             print(f"--resume=never: replacing the run in {workdir}")
         with StopSignals() as signals:
@@ -118,7 +118,8 @@ def train(
                 raise
             finally:
                 if tracker is not None:
-                    tracker.finish(status)
+                    # Who sent a signal may follow it with SIGKILL after 30 s; the files keep what is not delivered by then.
+                    tracker.finish(status, timeout=10.0 if status == "KILLED" else 60.0)
 
 
 def run(

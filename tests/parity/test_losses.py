@@ -205,7 +205,7 @@ def test_bfloat16_inputs(backend, small_tiles):
     expected = expected_of(*rounded, *arrays[2:])
     if backend.name == "jax":
         narrow = [jnp.asarray(x, jnp.bfloat16) for x in rounded]
-        actual = jax_statistics(*narrow, *map(jnp.asarray, arrays[2:]), chunk_size=3)
+        actual = jax.jit(functools.partial(jax_statistics, chunk_size=3))(*narrow, *arrays[2:])
         assert actual["d_hidden"].dtype == actual["d_unembedding"].dtype == jnp.bfloat16
     else:
         narrow = [backend.array(x).bfloat16().requires_grad_() for x in rounded]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -11,11 +10,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from wmtp_jax.errors import UserError
-
 _log = logging.getLogger(__name__)
 _PARTIAL = ".partial"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_directory(configured: str = "") -> Path:
@@ -23,23 +19,6 @@ def cache_directory(configured: str = "") -> Path:
     if configured:
         return Path(configured).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wmtp"
-
-
-@contextlib.contextmanager
-def disk_errors(directory: Path) -> Iterator[None]:
-    """Turns a full or closed disk under `directory` into a UserError that names it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise UserError(
-                f"{directory}: no room left on its disk; make some, or name another directory in config.data.cache_dir"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(
-                f"{directory}: can't be written to ({error.strerror}); name another directory in config.data.cache_dir"
-            ) from error
-        raise
 
 
 def make_once(directory: Path, build: Callable[[Path], None]) -> None:

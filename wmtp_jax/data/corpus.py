@@ -15,7 +15,7 @@ from wmtp_jax.data import cache, packing
 from wmtp_jax.data.scan import DROPPED, SPLITS, Scan, digest_of, read_documents, scan
 from wmtp_jax.data.sources import Document, Source, open_source
 from wmtp_jax.data.tokenizer import MIN_BPE_VOCABULARY, Tokenizer, load_tokenizer, train_bpe
-from wmtp_jax.errors import UserError
+from wmtp_jax.errors import UserError, disk_errors
 
 _log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def load_corpus(
         "validation_fraction": validation_fraction,
     }
     note_path = root / "requests" / f"{_key(request)}.json"
-    with cache.disk_errors(root):
+    with disk_errors(root, setting="config.data.cache_dir"):
         note = json.loads(note_path.read_bytes()) if note_path.exists() else None
         if note is None or _files_changed(note, opened) or not (root / "corpora" / note["corpus"]).is_dir():
             note = _make(opened, root, named_tokenizer, sequence_length, vocabulary_size, validation_fraction, note)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 import re
 from collections.abc import Iterator
 
@@ -13,9 +12,8 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from wmtp_jax.model import Model
+from wmtp_jax.pretrained.pages import own_pages
 from wmtp_jax.pretrained.published import Published, parameters, with_heads
-
-_ALIGNMENT = 64  # bytes; from here on XLA's CPU client takes a NumPy array over without a copy
 
 
 def place(published: Published, *, num_heads: int = 1, head_kind: str = "linear", dtype: str = "float32") -> Model:
@@ -52,9 +50,12 @@ def _parameter(name: str) -> str:
 
 
 def _gather(path: str, pieces: Iterator[tuple[str, np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
-    whole, filled = _empty(shape), 0
+    whole, filled = None, 0
     for name, array in pieces:
-        target = whole[filled] if name != path else whole
+        if name == path and array.flags.c_contiguous:
+            return array
+        whole = own_pages(shape) if whole is None else whole
+        target = whole if name == path else whole[filled]
         if target.shape != array.shape:
             raise AssertionError(f"{name}: {array.shape} read for {target.shape}")
         target[...] = array
@@ -62,10 +63,3 @@ def _gather(path: str, pieces: Iterator[tuple[str, np.ndarray]], shape: tuple[in
     if path.startswith(("layers", "heads")) and filled != shape[0]:
         raise AssertionError(f"{path}: {filled} of {shape[0]} parts")
     return whole
-
-
-def _empty(shape: tuple[int, ...]) -> np.ndarray:
-    size = 4 * math.prod(shape)
-    buffer = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size].view(np.float32).reshape(shape)

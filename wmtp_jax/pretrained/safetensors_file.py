@@ -7,6 +7,7 @@ rather than a SIGBUS; the `safetensors` package has no bfloat16 for NumPy.
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from pathlib import Path
@@ -14,8 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.pretrained.pages import own_pages
 
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+_PIECE = 1 << 20  # values read at a time
+_LARGE = 1 << 23  # values from which an array is worth pages of its own: glibc would map and unmap it each time anyway
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
@@ -77,20 +81,33 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_tensor(tensor: StoredTensor) -> np.ndarray:
-    """The tensor as a new float32 array (bfloat16 and float16 widen exactly)."""
-    kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[tensor.dtype]
+    """The tensor as a new float32 array; bfloat16 and float16 widen exactly, a piece at a time."""
     count = math.prod(tensor.shape)
+    values = own_pages((count,)) if count >= _LARGE else np.empty(count, np.float32)
     try:
-        with tensor.path.open("rb") as file:
+        with tensor.path.open("rb", buffering=0) as file:
             file.seek(tensor.offset)
-            flat = np.fromfile(file, dtype=kind, count=count)
+            for start in range(0, count, _PIECE):
+                _read_piece(file, tensor.dtype, values[start : start + _PIECE])
     except OSError as error:
         raise UserError(f"{tensor.path}: tensor {tensor.name} can't be read: {error.strerror}") from error
-    if flat.size != count:
-        raise UserError(f"{tensor.path}: ends within tensor {tensor.name}; it changed while it was read")
-    if tensor.dtype == "BF16":
-        flat = np.left_shift(flat, 16, dtype=np.uint32).view(np.float32)
-    return flat.astype(np.float32, copy=False).reshape(tensor.shape)
+    except EOFError as error:
+        raise UserError(f"{tensor.path}: ends within tensor {tensor.name}; it changed while it was read") from error
+    return values.reshape(tensor.shape)
+
+
+def _read_piece(file: io.RawIOBase, dtype: str, out: np.ndarray) -> None:
+    raw = out if dtype == "F32" else np.empty(out.size, np.uint16)
+    left = memoryview(raw).cast("B")
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise EOFError
+        left = left[count:]
+    if dtype == "BF16":
+        np.left_shift(raw, 16, out=out.view(np.uint32), dtype=np.uint32)
+    elif dtype == "F16":
+        out[:] = raw.view(np.float16)
 
 
 def _entry(entry: object, broken) -> tuple[str, tuple[int, ...], tuple[int, int]]:
