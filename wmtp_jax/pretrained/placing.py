@@ -15,6 +15,8 @@ from wmtp_jax.model import Model
 from wmtp_jax.pretrained.pages import own_pages
 from wmtp_jax.pretrained.published import Published, parameters, with_heads
 
+_ALIGNMENT = 64  # bytes; an aligned array is taken over without a copy
+
 
 def place(published: Published, *, num_heads: int = 1, head_kind: str = "linear", dtype: str = "float32") -> Model:
     """The model with its parameters in place, float32.
@@ -52,7 +54,7 @@ def _parameter(name: str) -> str:
 def _gather(path: str, pieces: Iterator[tuple[str, np.ndarray]], shape: tuple[int, ...]) -> np.ndarray:
     whole, filled = None, 0
     for name, array in pieces:
-        if name == path and array.flags.c_contiguous:
+        if name == path and array.flags.c_contiguous and array.ctypes.data % _ALIGNMENT == 0:
             return array
         whole = own_pages(shape) if whole is None else whole
         target = whole if name == path else whole[filled]

@@ -126,13 +126,14 @@ def parameters(
     for name in outer_shapes(s):
         if name != "unembedding":
             yield name, read(name)
-    unembedding = read("embedding").T if s.tie_embeddings else read("unembedding")
-    if not s.tie_embeddings:
-        yield "unembedding", unembedding
-    if head_kind == "linear":
-        for k in range(1, num_heads):
-            yield f"heads.{k - 1}", unembedding
-    del unembedding
+    copies = num_heads - 1 if head_kind == "linear" else 0
+    if copies or not s.tie_embeddings:
+        unembedding = read("embedding").T if s.tie_embeddings else read("unembedding")
+        if not s.tie_embeddings:
+            yield "unembedding", unembedding
+        for k in range(copies):
+            yield f"heads.{k}", unembedding
+        del unembedding
     for name in layer_shapes(s):
         for i in range(s.layers - (head_kind == "block")):
             yield f"layers.{i}.{name}", read(f"layers.{i}.{name}")
