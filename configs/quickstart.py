@@ -3,6 +3,8 @@
 Command:   make quickstart            (or: python -m wmtp_jax.main --config=configs/quickstart.py --workdir=runs/quickstart)
 Another:   make quickstart ALGO=baseline-mtp
 Hardware:  2 CPU cores, 2 GiB of memory
+Time:      about 4.5 minutes on 2 shared cores, the reference included
+Expected:  2.18 bits per byte on held-out files (bigram model 2.29)
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +13,7 @@ from wmtp_jax.config import check_target, defaults
 
 
 def get_config(target: str = "local") -> ConfigDict:
-    """The same small run on every target; accelerators take bigger batches at a time, not more steps."""
+    """The same small run on every target."""
     check_target(target)
     c = defaults()
     c.weighting.algorithm = "rho1-tokenskip"

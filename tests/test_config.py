@@ -79,6 +79,10 @@ WRONG = {
     "weighting__temperature": 0.0,
     "weighting__low": 5.0,
     "weighting__coefficients": (1.0,),
+    "weighting__coefficients ": ("a", "b"),
+    "weighting__coefficients  ": (-1.0, 2.0),
+    "data__source_weights ": (float("inf"),),
+    "train__seed ": 2**31,
     "weighting__members": ("entropy", "magic"),
     "model__width": 0,
     "model__kv_heads": 3,
@@ -113,9 +117,9 @@ WRONG = {
 @pytest.mark.parametrize("key", WRONG)
 def test_a_wrong_value_is_refused_by_name_in_one_line(key):
     with pytest.raises(UserError) as caught:
-        validate(changed(**{key: WRONG[key]}))
+        validate(changed(**{key.strip(): WRONG[key]}))
     message = str(caught.value)
-    assert key.replace("__", ".") in message and "\n" not in message
+    assert key.strip().replace("__", ".") in message and "\n" not in message
 
 
 @pytest.mark.parametrize("algorithm", [name for name, needs in ALGORITHMS.items() if needs == "reference"])

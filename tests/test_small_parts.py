@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 from wmtp_jax import summary
+from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.evaluation.likelihood import evaluate
 from wmtp_jax.flops import flops_per_token, peak_flops
 from wmtp_jax.generate import sample
 from wmtp_jax.meter import Meter
@@ -32,6 +34,30 @@ def test_stopping_counts_evaluations_without_a_new_best():
     fresh.restore(Stopping("m", 2).state())
     assert not fresh.update({"m": 1e9})
     assert not any(Stopping("", 1).update({"m": value}) for value in (1.0, 2.0, 3.0))
+
+
+def test_stopping_on_another_metric_starts_afresh():
+    before = Stopping("a", 1)
+    before.update({"a": 1.0})
+    after = Stopping("b", 1)
+    after.restore(before.state())
+    assert not after.update({"b": 5.0}) and after.best == 5.0
+
+
+def test_evaluation_counts_every_target_once_and_refuses_a_head_without_any():
+    batches = [([2.0, 6.0], [1, 2], 4), ([4.0, 0.0], [3, 2], 4)]
+    metrics = evaluate(lambda batch: batch, batches)
+    assert metrics["eval/ce_head_0"] == 6.0 / 4 and metrics["eval/ce_head_1"] == 6.0 / 4
+    assert metrics["eval/bits_per_byte"] == pytest.approx(6.0 / 8 / np.log(2))
+    with pytest.raises(UserError, match="no target for head 1"):
+        evaluate(lambda batch: batch, [([2.0, 0.0], [1, 0], 4)])
+
+
+def test_a_file_error_elsewhere_is_not_blamed_on_the_directory(tmp_path):
+    with pytest.raises(UserError, match="no room left.*--workdir"), disk_errors(tmp_path, setting="--workdir"):
+        raise OSError(28, "No space left on device", str(tmp_path / "file"))
+    with pytest.raises(PermissionError), disk_errors(tmp_path, setting="--workdir"):
+        raise PermissionError(13, "Permission denied", "/elsewhere/file")
 
 
 def test_meter_leaves_out_compilation_and_pauses():

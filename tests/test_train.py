@@ -228,6 +228,23 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_resume_from_another_run(finished, tiny, tmp_path):
+    """A longer copy of a run goes on where that one ended, with its reference; the same command goes on from there."""
+    shutil.copytree(finished, tmp_path / "origin")
+    longer = tiny(train__steps=12)
+    train(longer, tmp_path / "copy", resume=str(tmp_path / "origin"))
+    lines = comparable(tmp_path / "copy")
+    assert [line["step"] for line in lines] == list(range(13))
+    assert lines[:9] == comparable(finished)
+    assert find_checkpoint(tmp_path / "copy" / "reference").name == "4"
+    before = json.loads((tmp_path / "copy" / "summary.json").read_text())["before"]
+    assert before["step"] == 0
+    train(longer, tmp_path / "copy", resume=str(tmp_path / "origin"))
+    assert comparable(tmp_path / "copy") == lines
+    train(tiny(), tmp_path / "finished", resume=str(tmp_path / "origin"))  # no steps left
+    assert comparable(tmp_path / "finished") == comparable(finished)
+
+
 def test_wrong_input_is_refused_in_one_line(finished, tiny, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     reference = str(finished / "reference")
@@ -245,7 +262,7 @@ def test_wrong_input_is_refused_in_one_line(finished, tiny, tmp_path):
         with pytest.raises(UserError) as caught:
             train(config, tmp_path / name)
         assert words in str(caught.value) and "\n" not in str(caught.value)
-        assert not (tmp_path / "new" / "checkpoints" / "0").exists()
+        assert not (tmp_path / "new").exists()
 
 
 def test_two_runs_on_one_directory(finished, tiny, tmp_path):

@@ -124,7 +124,7 @@ def find_checkpoint(path: str | Path) -> Path:
     Raises:
       UserError: there is none.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if (path / "parameters").is_dir():
         return path
     folder = path / DIRECTORY if (path / DIRECTORY).is_dir() else path

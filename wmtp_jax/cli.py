@@ -60,12 +60,16 @@ def define_run_flags() -> None:
     flags.DEFINE_string(
         "resume",
         "auto",
-        "auto: go on where the run directory stopped, or start; never: start anew, replacing what is there; PATH: start "
-        "from the state in another run directory or checkpoint.",
+        "auto: go on where the run directory stopped, or start; never: start anew, replacing what is there; PATH: go on "
+        "from a copy of another run's newest checkpoint, or of a checkpoint of it.",
     )
     flags.DEFINE_bool("dry_run", False, "Resolve everything, print the plan (data, shapes, memory) and train nothing.")
     flags.DEFINE_bool("verbose", False, "Print the whole configuration and the libraries' own log lines.")
-    flags.DEFINE_string("device", None, "Where to compute, e.g. cpu, cuda or mps. By default the best there is.")
+    flags.DEFINE_string(
+        "device",
+        None,
+        "Where to compute: cpu, cuda or tpu (the torch backend: cpu, cuda or mps). By default the best there is.",
+    )
 
 
 def parse_tags(tags: list[str]) -> dict[str, str]:
@@ -96,7 +100,8 @@ def run(main: Callable[[], None], *, description: str, required: tuple[str, ...]
             raise UserError(_first_line(error)) from error
         except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
             # config_flags runs the recipe and sets its keys while it parses, and lets whatever happens there through.
-            raise UserError(f"--config: {_first_line(error)}") from error
+            named = f"{_first_line(error)}: no such key" if isinstance(error, (AttributeError, KeyError)) else _first_line(error)
+            raise UserError(f"--config: {named} (wmtp_jax/config.py lists them, with their types)") from error
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
         for name in required:
@@ -119,9 +124,8 @@ def _fail(error: Exception, code: int) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, KeyError) and error.args:
-        error = error.args[0]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip().strip("\"'") for line in text.splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 

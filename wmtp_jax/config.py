@@ -144,7 +144,7 @@ def defaults() -> ConfigDict:
 
     c.eval = ConfigDict()
     c.eval.every = 500  # steps between evaluations; one is made before the first and after the last; 0: only those
-    c.eval.batches = 32  # validation batches each time, spread over the validation rows
+    c.eval.batches = 32  # validation batches (of train.batch_size rows) each time, spread over the validation rows
     c.eval.stop_metric = ""  # early stopping on this evaluation metric (lower is better); "": off
     c.eval.patience = 3  # evaluations without a better value before stopping
     c.eval.token_rows = 8  # validation rows whose weights and losses go to tokens/STEP.npz; 0: none
@@ -211,6 +211,7 @@ def recipe_defaults(target: str) -> ConfigDict:
     c.optimizer.weight_decay = 0.1
     c.optimizer.warmup_steps = 1000
     c.eval.batches = 16
+    c.eval.token_rows = 1  # attention scores of a row are rows x heads x S x S
     c.eval.bigram = False
     c.checkpoint.keep_last = 3
     return c
@@ -301,6 +302,8 @@ def _validate_weighting(config: ConfigDict) -> None:
         _refuse("weighting.low", c.low, f"at most weighting.high ({c.high})")
     if len(c.members) != len(c.coefficients) or not c.members:
         _refuse("weighting.coefficients", c.coefficients, f"one number for each of weighting.members {c.members}")
+    if any(isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 <= x < math.inf for x in c.coefficients):
+        _refuse("weighting.coefficients", c.coefficients, "finite numbers of 0 or more")
     for member in c.members:
         if member not in HYBRID_MEMBERS:
             _refuse("weighting.members", member, " | ".join(HYBRID_MEMBERS))
@@ -323,6 +326,11 @@ def _validate_reference(config: ConfigDict) -> None:
         )
     if not c.path:
         _validate_model(c.model, "reference.model.")
+        if c.model.positions == "learned" and 0 < c.model.max_positions < config.data.sequence_length:
+            _refuse(
+                "reference.model.max_positions", c.model.max_positions,
+                f"at least data.sequence_length ({config.data.sequence_length}), or 0",
+            )  # fmt: skip
         if c.alignment == "same_prefix" and c.model.heads.count < config.model.heads.count:
             _refuse(
                 "reference.model.heads.count", c.model.heads.count,
@@ -336,8 +344,8 @@ def _validate_run(config: ConfigDict) -> None:
         _refuse("data.sources", data.sources, "at least one of python-stdlib, jsonl:PATH, text:GLOB")
     if data.source_weights and len(data.source_weights) != len(data.sources):
         _refuse("data.source_weights", data.source_weights, f"one weight for each of {len(data.sources)} sources, or ()")
-    if any(not isinstance(w, (int, float)) or not w > 0 for w in data.source_weights):
-        _refuse("data.source_weights", data.source_weights, "numbers above 0")
+    if any(isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 < w < math.inf for w in data.source_weights):
+        _refuse("data.source_weights", data.source_weights, "finite numbers above 0")
     if not 0 < data.validation_fraction < 1:
         _refuse("data.validation_fraction", data.validation_fraction, "between 0 and 1")
     if data.sequence_length <= config.model.heads.count:
@@ -359,6 +367,8 @@ def _validate_run(config: ConfigDict) -> None:
     for key in ("seed", "loss_chunk", "nonfinite_limit"):
         if train[key] < 0:
             _refuse(f"train.{key}", train[key], "0 or more")
+    if train.seed >= 2**31:
+        _refuse("train.seed", train.seed, "below 2^31")
     if optimizer.name not in ("adamw", "muon"):
         _refuse("optimizer.name", optimizer.name, "adamw | muon")
     if optimizer.schedule not in ("cosine", "wsd", "constant"):

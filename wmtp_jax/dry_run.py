@@ -70,7 +70,8 @@ def print_plan(config: ConfigDict, corpus: Corpus, device: jax.Device) -> None:
         ("operations", f"{flops_per_token(settings, shape[1]) / 1e6:.1f} Mflop a token, forward and backward"),
         ("memory", f"{summary.human_bytes(size(state.parameters))} parameters, "
                    f"{summary.human_bytes(size(state.optimizer_state))} optimizer, "
-                   f"{summary.human_bytes(memory.temp_size_in_bytes)} gradients and temporaries (compiled)"),
+                   f"{summary.human_bytes(memory.temp_size_in_bytes)} gradients and temporaries (compiled)"
+                   + (f", {summary.human_bytes(size(reference_parameters))} reference" if reference else "")),
         ("device", f"{device.device_kind} ({device.platform})"),
     ]  # fmt: skip
     print(summary.facts("plan (--dry_run: nothing is trained)", rows))

@@ -34,6 +34,9 @@ def disk_errors(directory: Path, *, setting: str) -> Iterator[None]:
         # tensorstore reports the operating system's errors as a ValueError with the same words.
         known = {code: os.strerror(code) for code in (*_NO_ROOM, *_CLOSED)}
         number = getattr(error, "errno", None)
+        elsewhere = getattr(error, "filename", None)
+        if elsewhere is not None and not Path(elsewhere).absolute().is_relative_to(Path(directory).absolute()):
+            raise
         if isinstance(error, ValueError):
             number = next((code for code, words in known.items() if words in str(error)), None)
         if number in _NO_ROOM:

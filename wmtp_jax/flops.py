@@ -30,7 +30,7 @@ def peak_flops(device: jax.Device) -> float | None:
     if device.platform == "cpu":
         return _measured_cpu_flops()
     for name, peak in PEAK_FLOPS.items():
-        if name in device.device_kind.replace("-", " ").split() or name in device.device_kind:
+        if name in device.device_kind.replace("-", " ").split():
             return peak
     return None
 

@@ -28,7 +28,18 @@ def load_reference(path: str | Path, corpus: Corpus, *, alignment: str, num_head
     """
     definition, parameters, metadata = load_model(path)
     check_same_tokenizer(path, corpus)
-    heads = metadata["model"]["num_heads"]
+    model, vocabulary_size = metadata["model"], corpus.tokenizer.vocabulary_size
+    if model["vocabulary_size"] != vocabulary_size:
+        raise UserError(
+            f"config.reference.path = {str(path)!r}: has a vocabulary of {model['vocabulary_size']}, this run's tokenizer "
+            f"{vocabulary_size}; they must share one"
+        )
+    if model["positions"] == "learned" and model["max_positions"] < corpus.sequence_length:
+        raise UserError(
+            f"config.reference.path = {str(path)!r}: has {model['max_positions']} learned positions, fewer than "
+            f"config.data.sequence_length ({corpus.sequence_length})"
+        )
+    heads = model["num_heads"]
     if alignment == "same_prefix" and heads < num_heads:
         raise UserError(
             f"config.reference.path = {str(path)!r}: has {heads} heads, and reference.alignment = 'same_prefix' needs "

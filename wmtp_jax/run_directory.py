@@ -30,8 +30,8 @@ FREE_KEYS = (
     "tracking.",
 )
 # What a run writes, and --resume=never replaces.
-OUTPUTS = ("checkpoints", "config.json", "curves.png", "metrics.jsonl", "mlflow.json", "nonfinite", "report",
-           "summary.json", "tokenizer", "tokens", "tracking.jsonl")  # fmt: skip
+OUTPUTS = ("checkpoints", "config.json", "curves.png", "metrics.jsonl", "mlflow.json", "nonfinite", "reference",
+           "report", "summary.json", "tokenizer", "tokens", "tracking.jsonl")  # fmt: skip
 
 
 @contextmanager
@@ -64,6 +64,32 @@ def clear(directory: Path) -> bool:
     return bool(found)
 
 
+def adopt(checkpoint: Path, directory: Path) -> None:
+    """Makes `directory` go on from a checkpoint of another run: copies it, its run's metrics and its run's reference.
+
+    Does nothing where `directory` has a checkpoint already, so that the same command goes on from there. The other run is
+    only read.
+
+    Raises:
+      UserError: the checkpoint's directory is not named by its step.
+    """
+    target = directory / "checkpoints"
+    if target.is_dir() and any(path.name.isdigit() for path in target.iterdir()):
+        return
+    if not checkpoint.name.isdigit():
+        raise UserError(f"--resume={checkpoint}: a checkpoint's directory is named by its step; give it that name")
+    source = checkpoint.parent.parent
+    if (source / "reference").is_dir() and not (directory / "reference").exists():
+        shutil.copytree(source / "reference", directory / ".reference.tmp", dirs_exist_ok=True)
+        (directory / ".reference.tmp").rename(directory / "reference")
+    if (source / "metrics.jsonl").is_file():
+        shutil.copyfile(source / "metrics.jsonl", directory / "metrics.jsonl")
+    target.mkdir(exist_ok=True)
+    # Last, and by a rename: an interrupted copy leaves no checkpoint, and is made again.
+    shutil.copytree(checkpoint, directory / ".checkpoint.tmp", dirs_exist_ok=True)
+    (directory / ".checkpoint.tmp").rename(target / checkpoint.name)
+
+
 def plain(config: ConfigDict) -> dict[str, Any]:
     """The tree as JSON values (tuples become lists)."""
     return json.loads(config.to_json())
@@ -80,9 +106,10 @@ def check_continues(config: ConfigDict, stored: dict[str, Any], where: Path) -> 
     for key, _ in flatten(config):
         if key.startswith(FREE_KEYS) or (key in before and before[key] == now[key]):
             continue
+        was = f"config.{key} = {before[key]!r}" if key in before else f"a version that has no config.{key}"
         raise UserError(
-            f"{where}: was made with config.{key} = {before.get(key)!r}, not {now[key]!r}; "  # noqa: hook
-            "set it back, choose another --workdir, or start anew with --resume=never"
+            f"{where}: was made with {was}, not {now[key]!r}; set it back, choose another --workdir, or start anew with "
+            "--resume=never"
         )
 
 

@@ -27,9 +27,11 @@ class Stopping:
 
     def state(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"best": None if math.isinf(self.best) else self.best, "worse": self.worse}
+        return {"metric": self.metric, "best": None if math.isinf(self.best) else self.best, "worse": self.worse}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """What `state` gave."""
+        """What `state` gave; a count of another metric says nothing of this one and is left."""
+        if state["metric"] != self.metric:
+            return
         self.best = math.inf if state["best"] is None else state["best"]
         self.worse = state["worse"]

@@ -42,8 +42,9 @@ def places(directory: Path, tracking_uri: str, tracked: bool) -> list[tuple[str,
         ("checkpoints", directory / "checkpoints"),
     ]
     if tracked:
-        uri = tracking_uri or f"sqlite:///{directory.parent / 'mlflow.db'}"
-        rows.append(("MLflow", f"mlflow ui --backend-store-uri {uri}"))
+        store = tracking_uri or f"sqlite:///{directory.parent / 'mlflow.db'}"
+        shown = store if store.startswith("http") else f"python -m mlflow ui --backend-store-uri {store}"
+        rows.append(("MLflow", shown))
     rows.append(("another algorithm", "make quickstart ALGO=baseline-mtp"))
     rows.append(("your own data", "--config.data.sources=\"('text:PATH/**/*.py',)\""))
     return [(name, str(value)) for name, value in rows]

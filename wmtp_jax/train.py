@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,6 @@ class Stage:
     config: ConfigDict
     directory: Path
     reference: Reference | None = None
-    parent: Tracker | None = None
 
 
 def train(
@@ -90,6 +90,7 @@ def train(
     where = choose_device(device)
     keep_compiled_programs()
     if verbose:
+        logging.basicConfig(level=logging.INFO)
         print(summary.facts("configuration", list(flatten(config))))
 
     # ---- data --------------------------------------------------------------------------------------------------------
@@ -99,9 +100,15 @@ def train(
         print_plan(config, corpus, where)
         return
 
+    # ---- what was trained before: checked here, so that a mistake costs neither a directory nor an earlier run ---------
+    reference = _given_reference(config, corpus) if config.reference.path else None
+    origin = None if resume in ("auto", "never") else find_checkpoint(Path(resume))
+
     with run_directory.locked(workdir), disk_errors(workdir, setting="--workdir"):
         if resume == "never" and run_directory.clear(workdir):
             print(f"--resume=never: replacing the run in {workdir}")
+        if origin is not None:
+            run_directory.adopt(origin, workdir)
         with StopSignals() as signals:
             tracker = None
             if config.tracking.enabled:
@@ -109,9 +116,10 @@ def train(
             # ---- reference, then the run itself ----------------------------------------------------------------------
             status = "FAILED"
             try:
-                reference = _reference(config, workdir, corpus, where, resume=resume, tracker=tracker, signals=signals)
+                if reference is None and ALGORITHMS[config.weighting.algorithm] == "reference":
+                    reference = _train_reference(config, workdir, corpus, where, tracker=tracker, signals=signals)
                 stage = Stage("train", config, workdir, reference)
-                run(stage, corpus, where, resume=resume, tracker=tracker, signals=signals)
+                run(stage, corpus, where, tracker=tracker, signals=signals)
                 status = "FINISHED"
             except Stopped:
                 status = "KILLED"
@@ -123,7 +131,7 @@ def train(
 
 
 def run(
-    stage: Stage, corpus: Corpus, device: jax.Device, *, resume: str, tracker: Tracker | None, signals: StopSignals
+    stage: Stage, corpus: Corpus, device: jax.Device, *, tracker: Tracker | None, signals: StopSignals
 ) -> None:
     """One training run: builds or restores its state, updates until done, evaluates, saves, summarises."""
     config, directory = stage.config, stage.directory
@@ -160,7 +168,7 @@ def run(
     state = initial_state(parameters, optimizer)
     del parameters
     stopping = Stopping(config.eval.stop_metric, config.eval.patience)
-    state = _restore(stage, checkpoints, corpus, state, resume=resume, stopping=stopping)
+    state = _restore(stage, checkpoints, corpus, state, stopping=stopping)
     start = int(state.step)
     description = _describe(stage, corpus, settings)
     write_json(directory / "config.json", run_directory.plain(config))
@@ -170,7 +178,10 @@ def run(
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
     held_out = functools.partial(validation_batches, corpus, num_heads=settings.num_heads)
-    evaluation_batches = list(held_out(batch_size=config.train.batch_size, num_batches=config.eval.batches))
+    # A micro-batch at a time: what fits in a step fits here.
+    parts = config.train.accumulation
+    part_rows = config.train.batch_size // parts
+    evaluation_batches = list(held_out(batch_size=part_rows, num_batches=config.eval.batches * parts))
     [token_batch] = held_out(batch_size=max(config.eval.token_rows, 1), num_batches=1)
 
     def evaluate_now() -> dict[str, float]:
@@ -260,7 +271,7 @@ def run(
                     checkpoints.save(state, description | {"stopping": stopping.state()}, evaluated or None)
             if signals.received:
                 checkpoints.wait()
-                progress.note(f"stopped by a signal after step {done}; the same command goes on from here")
+                progress.note(f"stopped by a signal after step {done} and saved; --resume=auto goes on from here")
                 raise Stopped(signals.received)
             if stopped_early:
                 progress.note(f"{config.eval.stop_metric} has not improved for {config.eval.patience} evaluations")
@@ -291,34 +302,41 @@ def _tracker(config: ConfigDict, workdir: Path, run_name: str, tags: dict[str, s
     )
 
 
-def _reference(
+def _given_reference(config: ConfigDict, corpus: Corpus, path: Path | None = None) -> Reference | None:
+    if ALGORITHMS[config.weighting.algorithm] != "reference":
+        return None
+    return load_reference(
+        path or config.reference.path,
+        corpus,
+        alignment=config.reference.alignment,
+        num_heads=config.model.heads.count,
+    )
+
+
+def _train_reference(
     config: ConfigDict,
     workdir: Path,
     corpus: Corpus,
     device: jax.Device,
     *,
-    resume: str,
     tracker: Tracker | None,
     signals: StopSignals,
-) -> Reference | None:
-    if ALGORITHMS[config.weighting.algorithm] != "reference":
-        return None
-    path = config.reference.path
-    if not path:
-        path = workdir / "reference"
-        own = reference_config(config)
-        validate(own)
-        if resume == "never":
-            run_directory.clear(path)
-        child = tracker.child("reference", {"stage": "reference"}, {k: str(v) for k, v in flatten(own)}) if tracker else None
-        status = "FAILED"
-        try:
-            run(Stage("reference", own, path), corpus, device, resume="auto", tracker=child, signals=signals)
-            status = "FINISHED"
-        finally:
-            if child is not None:
-                child.finish(status)
-    return load_reference(path, corpus, alignment=config.reference.alignment, num_heads=config.model.heads.count)
+) -> Reference:
+    """Trains the reference in `workdir/reference`, or goes on with it, or finds it finished."""
+    own, directory = reference_config(config), workdir / "reference"
+    validate(own)
+    child = tracker.child("reference", {"stage": "reference"}, {k: str(v) for k, v in flatten(own)}) if tracker else None
+    status = "FAILED"
+    try:
+        run(Stage("reference", own, directory), corpus, device, tracker=child, signals=signals)
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        if child is not None:
+            child.finish(status)
+    return _given_reference(config, corpus, directory)
 
 
 def _describe(stage: Stage, corpus: Corpus, settings: ModelSettings) -> dict[str, Any]:
@@ -332,22 +350,15 @@ def _describe(stage: Stage, corpus: Corpus, settings: ModelSettings) -> dict[str
 
 
 def _restore(
-    stage: Stage, checkpoints: Checkpoints, corpus: Corpus, state: TrainState, *, resume: str, stopping: Stopping
+    stage: Stage, checkpoints: Checkpoints, corpus: Corpus, state: TrainState, *, stopping: Stopping
 ) -> TrainState:
-    """The state to start from, by `--resume`."""
-    source = checkpoints
-    if resume in ("auto", "never"):
-        steps = checkpoints.steps()
-        if not steps:
-            return state
-        step = steps[-1]
-    else:
-        if checkpoints.steps():
-            raise UserError(f"--resume={resume}: {stage.directory} holds a run already; choose another --workdir")
-        where = find_checkpoint(resume)
-        source, step = Checkpoints(where.parent, keep_last=1_000_000, best_metric=""), int(where.name)
-    metadata = source.metadata(step)
-    where = source.directory / str(step)
+    """The newest state of the run's directory, or the one given where there is none."""
+    steps = checkpoints.steps()
+    if not steps:
+        return state
+    step = steps[-1]
+    metadata = checkpoints.metadata(step)
+    where = checkpoints.directory / str(step)
     run_directory.check_continues(stage.config, metadata["config"], where)
     for name, now in (("tokenizer", corpus.tokenizer.fingerprint), ("corpus", corpus.hash)):
         if metadata[name] != now:
@@ -355,7 +366,7 @@ def _restore(
                 f"{where}: was trained with another {name} ({metadata[name][:12]}, now {now[:12]}); put it back, choose "
                 "another --workdir, or start anew with --resume=never"
             )
-    restored = source.restore(step, state)
+    restored = checkpoints.restore(step, state)
     stopping.restore(metadata["stopping"])
     return restored
 
@@ -435,7 +446,10 @@ def _complete(
     length = config.data.sequence_length
     prompt_length = max(1, min(length // 2, length - c.completion_tokens))
     [batch] = validation_batches(corpus, batch_size=c.completions, num_heads=1, num_batches=1)
-    prompts = batch["tokens"][:, :prompt_length]
+    full = (batch["segment_ids"][:, :prompt_length] == 1).all(axis=1)  # one text from the row's start on, no padding
+    prompts = batch["tokens"][full, :prompt_length]
+    if not len(prompts):
+        return []
     tokens = sample(
         state.parameters,
         jnp.asarray(prompts),

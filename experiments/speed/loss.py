@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -88,17 +89,24 @@ def jax_step(loss: Callable, shape: tuple[int, int, int]) -> tuple[Callable[[], 
     return step, compiled.memory_analysis().temp_size_in_bytes
 
 
+def peak_resident_bytes() -> int:
+    """The largest resident size that this process has had."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # On Linux getrusage would begin with the peak of the process that started this one.
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
+
+
 def torch_temporary_bytes(name: str, shape: tuple[int, int, int]) -> int:
     """Runs in a fresh process, whose peak is that of one step."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit  # noqa: E731
     # The libraries' own buffers are not the loss's.
     torch_step(IMPLEMENTATIONS[name], (64, 64, 64))()
     step = torch_step(IMPLEMENTATIONS[name], shape)
-    before = peak()
+    before = peak_resident_bytes()
     step()
     vocabulary, tokens, width = shape
-    return max(0, peak() - before - 4 * width * (vocabulary + tokens))
+    return max(0, peak_resident_bytes() - before - 4 * width * (vocabulary + tokens))
 
 
 def measure(shape: tuple[int, int, int], pairs: int) -> list[str]:

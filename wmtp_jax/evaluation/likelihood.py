@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wmtp_jax.errors import UserError
 from wmtp_jax.train_step import Batch, Parameters, head_statistics, merge
 
 Array = jax.Array
@@ -36,10 +37,19 @@ def evaluate(sums: Callable[[Batch], tuple[Any, Any, Any]], batches: Iterable[Ba
     Returns:
       `eval/ce_head_{k}` in nats a token, `eval/ce_mean` over the heads, `eval/bits_per_byte` of head 0 (all bytes of its
       targets; a row's or segment's first token is no target and its bytes don't count).
+
+    Raises:
+      UserError: a head has no target at all.
     """
     # Summed in float64 on the host: a sum of 1e7 float32 losses would lose its last digits.
     parts = [tuple(np.asarray(part, np.float64) for part in sums(batch)) for batch in batches]
     nats, counts, head_0_bytes = (np.sum([part[i] for part in parts], axis=0) for i in range(3))
+    if not counts.all() or not head_0_bytes:
+        short = int(np.argmin(counts))
+        raise UserError(
+            f"the held-out rows have no target for head {short}: their texts are too short; hold out more with "
+            "config.data.validation_fraction, or use fewer heads"
+        )
     cross_entropy = nats / counts
     metrics = {f"eval/ce_head_{k}": float(value) for k, value in enumerate(cross_entropy)}
     metrics["eval/ce_mean"] = float(cross_entropy.mean())
