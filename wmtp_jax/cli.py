@@ -125,8 +125,12 @@ def _fail(error: Exception, code: int) -> None:
 
 def _first_line(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    lines = [line.strip().strip("\"'") for line in text.splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    # A KeyError that was passed on arrives as the repr of its message.
+    text = text.replace("\\n", "\n").replace("\\'", "'")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[0].strip("\"'") if lines[0][0] in "\"'" else lines[0]
 
 
 def _flags_help() -> str:
