@@ -265,6 +265,17 @@ def test_wrong_input_is_refused_in_one_line(finished, tiny, tmp_path):
         assert not (tmp_path / "new").exists()
 
 
+def test_a_corpus_that_changed_stops_the_resume(tiny, python_corpus, tmp_path):
+    """The tokenizer is trained on it, so it changes as well; either is named, and nothing goes on with other data."""
+    shutil.copytree(python_corpus, tmp_path / "corpus")
+    config = tiny(weighting__algorithm="baseline-mtp", data__sources=(f"text:{tmp_path}/corpus/*.py",), train__steps=2)
+    train(config, tmp_path / "run")
+    with (tmp_path / "corpus" / "module_0.py").open("a") as file:
+        file.write("\nchanged = True\n" * 20)
+    with pytest.raises(UserError, match="was trained with another (tokenizer|corpus)"):
+        train(config, tmp_path / "run")
+
+
 def test_two_runs_on_one_directory(finished, tiny, tmp_path):
     import fcntl
 

@@ -36,7 +36,8 @@ SHAPES = {"large": (49_152, 8_192, 256), "small": (1_024, 2_048, 128)}
 def make_inputs(vocabulary: int, tokens: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
     hidden = generator.standard_normal((tokens, width), np.float32)
-    unembedding = generator.standard_normal((width, vocabulary), np.float32) * width**-0.5
+    unembedding = generator.standard_normal((width, vocabulary), np.float32)
+    unembedding *= width**-0.5
     return hidden, unembedding, generator.integers(0, vocabulary, tokens, np.int32)
 
 
