@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 from pathlib import Path
@@ -65,3 +66,12 @@ def write_python_corpus(directory: Path, *, documents: int = 24, seed: int = 0) 
 @pytest.fixture(scope="session")
 def python_corpus(tmp_path_factory) -> Path:
     return write_python_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def tiny(python_corpus, tmp_path_factory):
+    """A function that makes a configuration which trains in seconds; all share one tokenised corpus."""
+    # Imported late: the tests of the data need none of it.
+    from tests.training import tiny_config
+
+    return functools.partial(tiny_config, python_corpus, tmp_path_factory.mktemp("tokenised"))

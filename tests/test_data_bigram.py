@@ -14,15 +14,18 @@ V = 7
 def random_rows(seed, count=6, length=20):
     rng = np.random.default_rng(seed)
     tokens = rng.choice(V, (count, length), p=np.arange(1, V + 1) / 28)
-    return tokens, np.sort(rng.integers(1, 4, (count, length)), axis=1)
+    return {"tokens": tokens, "segment_ids": np.sort(rng.integers(1, 4, (count, length)), axis=1)}
 
 
-def literal(tokens, segments, head):
+def literal(blocks, head):
     """Interpolated Kneser-Ney from its equations, with dictionaries."""
     counts = {}
-    for row, segment in zip(tokens, segments, strict=True):
+    tokens, segments, allowed = (
+        np.concatenate([block[name] for block in blocks]) for name in ("tokens", "segment_ids", "loss_mask")
+    )
+    for row, segment, mask in zip(tokens, segments, allowed, strict=True):
         for s in range(len(row) - head - 1):
-            if segment[s] == segment[s + head + 1] != 0:
+            if segment[s] == segment[s + head + 1] != 0 and mask[s + head + 1]:
                 pair = (int(row[s]), int(row[s + head + 1]))
                 counts[pair] = counts.get(pair, 0) + 1
     n1, n2 = (sum(c == n for c in counts.values()) for n in (1, 2))
@@ -48,9 +51,11 @@ def literal(tokens, segments, head):
 def test_equals_the_equations_and_sums_to_one(monkeypatch, head, at_once):
     monkeypatch.setattr("wmtp_jax.data.bigram._PAIRS_AT_ONCE", at_once)
     blocks = [random_rows(seed) for seed in range(2)]
-    blocks = [(np.where(t == 3, 4, t), s) for t, s in blocks]  # token 3 is never seen
+    for block in blocks:
+        block["tokens"][block["tokens"] == 3] = 4  # token 3 is never seen
+        block["loss_mask"] = block["tokens"] * np.arange(20) % 4 > 0
     model = Bigram(iter(blocks), vocabulary_size=V, head=head)
-    expected = literal(np.concatenate([t for t, _ in blocks]), np.concatenate([s for _, s in blocks]), head)
+    expected = literal(blocks, head)
     x, y = np.array(list(itertools.product(range(V), range(V)))).T
     actual = model.probability(x, y)
     np.testing.assert_allclose(actual, [expected(a, b) for a, b in zip(x, y, strict=True)], rtol=1e-12)
@@ -59,9 +64,9 @@ def test_equals_the_equations_and_sums_to_one(monkeypatch, head, at_once):
 
 
 def test_score_is_in_nats_a_target_and_bits_a_byte():
-    tokens, segments = random_rows(3)
-    model = Bigram([(tokens, segments)], vocabulary_size=V)
-    batch = make_batch({"tokens": tokens, "segment_ids": segments}, num_heads=2)
+    columns = random_rows(3)
+    model = Bigram([columns], vocabulary_size=V)
+    batch, tokens = make_batch(columns, num_heads=2), columns["tokens"]
     token_bytes = np.array([0, 1, 1, 2, 3, 5, 8], np.int32)
     nats, count, size = 0.0, 0, 0
     for b, s in np.argwhere(batch["mask"][..., 0]):
@@ -75,7 +80,7 @@ def test_score_is_in_nats_a_target_and_bits_a_byte():
 
 def test_no_pairs_to_count():
     with pytest.raises(ValueError, match="no pair"):
-        Bigram([(np.array([[1, 2]]), np.array([[1, 2]]))], vocabulary_size=V)
+        Bigram([{"tokens": np.array([[1, 2]]), "segment_ids": np.array([[1, 2]])}], vocabulary_size=V)
 
 
 def test_metrics_of_every_head_and_more_rows_help(python_corpus, tmp_path):
@@ -88,5 +93,5 @@ def test_metrics_of_every_head_and_more_rows_help(python_corpus, tmp_path):
     many = bigram_metrics(corpus, rows=10_000, seed=0, batches=batches)
     assert list(many) == ["eval/ce_head_0", "eval/ce_head_1", "eval/ce_head_2", "eval/bits_per_byte"]
     assert many["eval/ce_head_0"] < few["eval/ce_head_0"] and many["eval/ce_head_0"] < many["eval/ce_head_2"]
-    once = sum(len(tokens) for tokens, _ in distinct_training_rows(corpus, seed=0, stop=10_000))
+    once = sum(len(rows["tokens"]) for rows in distinct_training_rows(corpus, seed=0, stop=10_000))
     assert once == len(corpus.sources[0].train)

@@ -67,7 +67,7 @@ def test_every_document_comes_back_from_the_rows_on_one_side(tmp_path):
     assert sorted(train + validation) == sorted(texts) and 5 < len(validation) < 40
     assert train != [t for t in texts if t in set(train)], "documents should be shuffled"
     [source] = corpus.sources
-    assert source.dropped == {"duplicate": 7, "empty": 0, "undecodable": 0}
+    assert source.dropped == {"duplicate": 7, "empty": 0, "undecodable": 0, "too_long": 0}
     for side, documents in (("train", train), ("validation", validation)):
         counts = source.counts[side]
         assert counts["documents"] == len(documents) and counts["bytes"] == sum(len(d.encode()) for d in documents)
@@ -107,9 +107,15 @@ def test_packing_equals_the_literal_one_whatever_the_block(monkeypatch, at_once)
             segments.append(number)
         expected_tokens.append([token for token, _ in row] + [0] * (6 - len(row)))
         expected_segments.append(segments + [0] * (6 - len(row)))
-    blocks = list(packing.pack(iter(documents), sequence_length=6))
-    np.testing.assert_array_equal(np.concatenate([tokens for tokens, _ in blocks]), expected_tokens)
-    np.testing.assert_array_equal(np.concatenate([segments for _, segments in blocks]), expected_segments)
+    packable = (packing.Packable(ids, ids % 3 > 0, float(ids[0]), False) for ids in documents)
+    blocks = list(packing.pack(packable, sequence_length=6))
+    found = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    np.testing.assert_array_equal(found["tokens"], expected_tokens)
+    np.testing.assert_array_equal(found["segment_ids"], expected_segments)
+    np.testing.assert_array_equal(found["loss_mask"], np.array(expected_tokens) % 3 > 0)
+    labels = [document[0] for document in documents for _ in document]
+    np.testing.assert_array_equal(found["labels"].ravel()[: len(labels)], labels)
+    assert np.isnan(found["labels"].ravel()[len(labels) :]).all()
 
 
 def test_the_same_files_give_the_same_bytes_elsewhere(tmp_path):

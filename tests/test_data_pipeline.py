@@ -230,7 +230,7 @@ def test_all_of_validation_once_then_rows_of_padding():
 def test_distinct_rows_are_those_that_a_run_has_seen(sizes, weights, stop):
     corpus = corpus_of(*sizes, weights=weights)
     seen = [t for batch in take(corpus, stop, batch_size=1) for t in first_tokens(batch)]
-    distinct = [t for tokens, _ in distinct_training_rows(corpus, seed=0, stop=stop) for t in tokens[:, 0].tolist()]
+    distinct = [t for rows in distinct_training_rows(corpus, seed=0, stop=stop) for t in rows["tokens"][:, 0].tolist()]
     assert Counter(distinct) == Counter(set(seen)) and distinct == list(dict.fromkeys(seen))
 
 

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from wmtp_jax.data.documents import Document
 from wmtp_jax.data.scan import DROPPED, first_of_each, is_validation, read_documents, scan
 from wmtp_jax.data.sources import open_source
 from wmtp_jax.errors import UserError
@@ -25,7 +26,7 @@ def test_text_files_are_found_below_and_named_from_the_root(tmp_path):
     (tmp_path / "a" / "b" / "two.txt").write_bytes(b"\xef\xbb\xbftwo\r\n")
     (tmp_path / "a" / "empty.txt").write_text(" \n")
     found, dropped = documents(f"text:{tmp_path}/a/**/*.txt")
-    assert sorted(found) == [("b/two.txt", "two\r\n"), ("one.txt", "one")]
+    assert sorted(found) == [Document("b/two.txt", "two\r\n"), Document("one.txt", "one")]
     assert dropped == {"duplicate": 0, "empty": 1, "undecodable": 0}
 
 
@@ -43,7 +44,7 @@ def test_jsonl_reads_objects_with_text(tmp_path):
         ("{bad", "not JSON: Expecting property name"),
         ("[1]", "the line is a list, not an object"),
         ("null", "the line is null, not an object"),
-        ('{"txt": "x"}', "no field `text` (it has 'txt')"),
+        ('{"txt": "x"}', "no field `text`, no `prompt` and `completion`, no `messages` (it has 'txt')"),
         ('{"text": 3}', "`text` is a number, not a string"),
         ('{"text": null}', "`text` is null, not a string"),
         ('{"text": "\\ud800"}', "half of a surrogate pair at character 0"),
@@ -101,7 +102,7 @@ def test_python_files_are_read_in_their_own_encoding(tmp_path, monkeypatch):
     (tmp_path / "unknown.py").write_bytes(b"# coding: no-such-code\n")
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     found, dropped = documents("python-stdlib")
-    assert found == [("latin.py", "# -*- coding: latin-1 -*-\nx = 'é'\n")] and dropped["undecodable"] == 2
+    assert found == [Document("latin.py", "# -*- coding: latin-1 -*-\nx = 'é'\n")] and dropped["undecodable"] == 2
 
 
 def run_scan(tmp_path, *names, fraction=0.3, sample_bytes=0):

@@ -8,11 +8,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WITHOUT_JAX = [
-    "wmtp_jax.cli", "wmtp_jax.config", "wmtp_jax.data.bigram", "wmtp_jax.data.corpus", "wmtp_jax.data.pipeline",
+    "wmtp_jax.cli", "wmtp_jax.compatible", "wmtp_jax.config", "wmtp_jax.experiment", "wmtp_jax.loop", "wmtp_jax.rewards",
+    "wmtp_jax.stages", "wmtp_jax.parameters_file", "wmtp_jax.flops", "wmtp_jax.evaluation.metrics", "wmtp_jax.data.bigram",
+    "wmtp_jax.data.corpus", "wmtp_jax.data.pipeline",
     "wmtp_jax.data.targets", "wmtp_jax.data.tokenizer", "wmtp_jax.errors", "wmtp_jax.evaluation.pass_at_k",
     "wmtp_jax.evaluation.sandbox", "wmtp_jax.pretrained", "wmtp_jax.progress", "wmtp_jax.report.curves",
     "wmtp_jax.run_directory", "wmtp_jax.settings", "wmtp_jax.summary", "wmtp_jax.tracking",
-    "wmtp_torch.losses", "wmtp_torch.weighting",
+    "wmtp_torch.checkpoint", "wmtp_torch.critic", "wmtp_torch.losses", "wmtp_torch.main", "wmtp_torch.model",
+    "wmtp_torch.optimizer", "wmtp_torch.train", "wmtp_torch.train_step", "wmtp_torch.weighting",
 ]  # fmt: skip
 METHOD = ["wmtp_jax.model", "wmtp_jax.losses", "wmtp_jax.weighting", "wmtp_jax.train_step"]
 BLOCK = """

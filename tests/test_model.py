@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wmtp_jax.model import Model, ModelSettings, segment_positions
-from wmtp_jax.train_step import Weighting, loss_and_gradients, split
+from wmtp_jax.model import Model, ModelSettings, segment_positions, split
+from wmtp_jax.settings import Weighting
+from wmtp_jax.train_step import loss_and_gradients
 
 V, S, H = 37, 12, 3
 LLAMA = ModelSettings(

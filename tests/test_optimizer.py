@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wmtp_jax.model import Model, ModelSettings
+from wmtp_jax.model import Model, ModelSettings, split
 from wmtp_jax.optimizer import OptimizerSettings, make_optimizer, make_schedule, parameter_kinds
-from wmtp_jax.train_step import split
 
 SETTINGS = OptimizerSettings(
     name="adamw", learning_rate=0.1, muon_learning_rate=0.5, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0,

@@ -9,14 +9,16 @@ import pytest
 from flax import nnx
 
 from wmtp_jax import summary
+from wmtp_jax.devices import peak_flops
 from wmtp_jax.errors import UserError, disk_errors
-from wmtp_jax.evaluation.likelihood import evaluate
-from wmtp_jax.flops import flops_per_token, peak_flops
+from wmtp_jax.evaluation.metrics import evaluate
+from wmtp_jax.flops import flops_per_token
 from wmtp_jax.generate import sample
 from wmtp_jax.meter import Meter
-from wmtp_jax.model import Model, ModelSettings
+from wmtp_jax.model import Model, ModelSettings, merge, split
+from wmtp_jax.settings import Weighting
 from wmtp_jax.stopping import Stopping
-from wmtp_jax.train_step import Weighting, loss_and_gradients, merge, split
+from wmtp_jax.train_step import loss_and_gradients
 
 SETTINGS = ModelSettings(
     vocabulary_size=64, width=64, layers=1, attention_heads=2, kv_heads=2, head_dim=32, mlp_width=128, max_positions=32,
@@ -85,7 +87,7 @@ def test_flops_by_formula_agree_with_xla():
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     batch["targets"] = jax.ShapeDtypeStruct((rows, length, 1), jnp.int32)
     batch["mask"] = jax.ShapeDtypeStruct((rows, length, 1), jnp.bool_)
-    step = jax.jit(lambda p, b: loss_and_gradients(p, b, definition=definition, settings=Weighting())[:2])
+    step = jax.jit(lambda p, b: loss_and_gradients(p, b, definition=definition, settings=Weighting()).gradients)
     counted = step.lower(parameters, batch).compile().cost_analysis()["flops"] / (rows * length)
     recomputed = 2 * SETTINGS.width * SETTINGS.vocabulary_size  # the loss makes its logits a second time
     expected = flops_per_token(SETTINGS, length) + recomputed

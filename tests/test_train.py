@@ -16,50 +16,14 @@ import pytest
 from ml_collections import ConfigDict
 
 import wmtp_jax.train as trainer
-from wmtp_jax.checkpoint import find_checkpoint, load_model
+from tests.training import comparable, stop_after
+from wmtp_jax.checkpoint import load_model
 from wmtp_jax.cli import Stopped
-from wmtp_jax.config import defaults
 from wmtp_jax.errors import NonFiniteLoss, UserError
+from wmtp_jax.run_directory import find_checkpoint
 from wmtp_jax.tracking import read_metrics
 
 ROOT = Path(__file__).parent.parent
-# Wall-clock measurements differ between two runs of the same arithmetic.
-TIMING = ("time", "train/tokens_per_second", "train/mfu")
-
-
-@pytest.fixture(scope="session")
-def tiny(python_corpus, tmp_path_factory):
-    """A function that makes a configuration which trains in seconds; all share one tokenised corpus and one set of shapes."""
-    cache = tmp_path_factory.mktemp("tokenised")
-
-    def make(**changes) -> ConfigDict:
-        c = defaults()
-        c.data.sources = (f"text:{python_corpus}/*.py",)
-        c.data.validation_fraction = 0.2
-        c.data.sequence_length = 32
-        c.data.vocabulary_size = 300
-        c.data.cache_dir = str(cache)
-        c.model.width, c.model.layers, c.model.attention_heads = 16, 1, 2
-        c.model.heads.count = 2
-        c.reference.model.width, c.reference.model.layers, c.reference.model.attention_heads = 16, 1, 2
-        c.reference.steps = 4
-        c.weighting.algorithm = "rho1-tokenskip"
-        c.train.batch_size, c.train.steps, c.train.log_every = 4, 8, 1
-        c.optimizer.warmup_steps = 2
-        c.eval.every, c.eval.batches, c.eval.token_rows = 4, 2, 2
-        c.eval.bigram, c.eval.completions = False, 0
-        c.checkpoint.every = 4
-        c.tracking.enabled = False
-        for key, value in changes.items():
-            *sections, leaf = key.split("__")
-            section = c
-            for name in sections:
-                section = section[name]
-            section[leaf] = value
-        return c
-
-    return make
-
 
 def train(config: ConfigDict, workdir: Path, **options) -> None:
     trainer.train(config, workdir=workdir, run_name="test", tags={}, device="cpu", **options)
@@ -71,13 +35,6 @@ def finished(tiny, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     train(tiny(), workdir)
     return workdir
-
-
-def comparable(workdir: Path) -> list[dict]:
-    return [
-        {key: value for key, value in line.items() if key not in TIMING}
-        for line in read_metrics(workdir / "metrics.jsonl")
-    ]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -115,7 +72,7 @@ def test_evaluation_is_unweighted_cross_entropy_of_the_held_out_rows(finished, t
     """From the saved parameters, by the logits, in float64."""
     from wmtp_jax import experiment
     from wmtp_jax.data.pipeline import validation_batches
-    from wmtp_jax.train_step import merge
+    from wmtp_jax.model import merge
 
     corpus = experiment.load_data(tiny())
     definition, parameters, _ = load_model(finished)
@@ -132,20 +89,6 @@ def test_evaluation_is_unweighted_cross_entropy_of_the_held_out_rows(finished, t
     for head in range(2):
         assert last[f"eval/ce_head_{head}"] == pytest.approx(nats[head] / counts[head], rel=1e-5)
     assert last["eval/bits_per_byte"] == pytest.approx(nats[0] / size / np.log(2), rel=1e-5)
-
-
-def stop_after(monkeypatch, step: int, action) -> None:
-    """Has `action` happen once, right after the trainer has logged a step of the main run."""
-    write = trainer.MetricsFile.write
-    happened = []
-
-    def write_then_act(self, at, stage, metrics):
-        write(self, at, stage, metrics)
-        if at == step and stage == "train" and not happened:
-            happened.append(at)
-            action()
-
-    monkeypatch.setattr(trainer.MetricsFile, "write", write_then_act)
 
 
 @pytest.mark.parametrize("step", [0, 1, 4, 6])
@@ -199,7 +142,7 @@ def test_equal_weights_give_the_baselines_losses_and_batches(finished, tiny, tmp
 
 def test_a_non_finite_loss_stops_and_explains(tiny, tmp_path):
     config = tiny(weighting__algorithm="baseline-mtp", optimizer__learning_rate=1e38, optimizer__clip_norm=0.0)
-    with pytest.raises(NonFiniteLoss, match=r"step \d+: loss"):
+    with pytest.raises(NonFiniteLoss, match=r"step \d+: train/loss nan"):
         train(config, tmp_path / "run")
     [saved] = (tmp_path / "run" / "nonfinite").glob("step_*.npz")
     explained = np.load(saved)

@@ -13,17 +13,15 @@ import pytest
 from flax import nnx
 
 from wmtp_jax.data.targets import positions, shift_targets
-from wmtp_jax.model import Model, ModelSettings
+from wmtp_jax.model import Model, ModelSettings, merge, split
+from wmtp_jax.settings import Weighting
 from wmtp_jax.train_step import (
     Reference,
-    Weighting,
     head_statistics,
     initial_state,
     inspect_tokens,
     loss_and_gradients,
-    merge,
     reference_loss,
-    split,
     train_step,
 )
 
@@ -125,8 +123,8 @@ def test_accumulation_equals_the_large_batch(name):
     """Loss, gradients and weights, within the rounding of a float32 sum in another order (3e-6 of the largest entry)."""
     _, parameters = make_model()
     batch = make_batch()
-    loss, gradients, losses, weights = gradients_of(name, 1)(parameters, batch)
-    loss_2, gradients_2, losses_2, weights_2 = gradients_of(name, 2)(parameters, batch)
+    loss, _, gradients, losses, weights = gradients_of(name, 1)(parameters, batch)
+    loss_2, _, gradients_2, losses_2, weights_2 = gradients_of(name, 2)(parameters, batch)
     assert float(loss_2) == pytest.approx(float(loss), rel=2e-6)
     mask = np.asarray(batch["mask"])
     np.testing.assert_allclose(np.asarray(losses_2)[mask], np.asarray(losses)[mask], rtol=1e-5)
@@ -140,7 +138,7 @@ def test_loss_is_the_weighted_mean_of_the_losses(name):
     """Σ m w CE / Σ m by a literal sum, and weights of mean one: no algorithm changes the learning rate in secret."""
     _, parameters = make_model()
     batch = make_batch()
-    loss, _, losses, weights = gradients_of(name, 1)(parameters, batch)
+    loss, _, _, losses, weights = gradients_of(name, 1)(parameters, batch)
     mask = np.asarray(batch["mask"])
     losses, weights = np.asarray(losses, np.float64), np.asarray(weights, np.float64)
     assert float(loss) == pytest.approx((losses * weights)[mask].sum() / mask.sum(), rel=1e-5)
@@ -231,7 +229,7 @@ def test_inspected_weights_are_the_weights_of_the_update():
         parameters, batch, reference.parameters, 0,
         definition=definition, settings=ALGORITHMS["tokenskip"], reference_definition=reference.definition,
     )  # fmt: skip
-    _, _, losses, weights = gradients_of("tokenskip", 1)(parameters, batch)
+    _, _, _, losses, weights = gradients_of("tokenskip", 1)(parameters, batch)
     mask = np.asarray(batch["mask"])
     np.testing.assert_array_equal(np.asarray(entries["weight"])[mask] > 0, np.asarray(weights)[mask] > 0)
     np.testing.assert_allclose(np.asarray(entries["loss"])[mask], np.asarray(losses)[mask], rtol=1e-5)
@@ -250,8 +248,8 @@ def test_stored_reference_losses_give_the_weights_of_the_reference():
         for t in range(1, S):
             if place[b, t] > 0:
                 stored[b, t] = -log_p[b, t - 1, tokens[b, t]]
-    _, _, _, expected = gradients_of("weighted", 1)(parameters, batch)
-    _, _, _, got = loss_and_gradients(
+    _, _, _, _, expected = gradients_of("weighted", 1)(parameters, batch)
+    _, _, _, _, got = loss_and_gradients(
         parameters, {**batch, "reference_loss": jnp.asarray(stored)}, definition=definition, settings=ALGORITHMS["weighted"]
     )
     mask = np.asarray(batch["mask"])

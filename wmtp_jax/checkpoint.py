@@ -1,27 +1,37 @@
-"""Orbax checkpoints: parameters, optimizer state, counters, data position and what made them, one directory a step.
+"""Orbax checkpoints: parameters, optimizer state, counters and what made them, one directory a step.
 
 A checkpoint counts only when Orbax has renamed it into place with its commit marker; one that was cut off is ignored. The
-parameters are an item of their own, so that evaluation, export and reference models read them without the optimizer.
+parameters are an item of their own, in the file that both backends read (`parameters_file.py`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
+import numpy as np
+from flax import nnx, traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from wmtp_jax.errors import UserError, disk_errors
-from wmtp_jax.model import Model, ModelSettings
-from wmtp_jax.train_step import Parameters, TrainState, split
+from wmtp_jax.errors import disk_errors
+from wmtp_jax.model import ModelSettings, Parameters, abstract_parameters, nest
+from wmtp_jax.parameters_file import (
+    FILE,
+    check_backend,
+    check_shapes,
+    read_arrays,
+    read_metadata,
+    read_parameters,
+    write_arrays,
+)
+from wmtp_jax.run_directory import find_checkpoint
+from wmtp_jax.train_step import TrainState
 
-FORMAT = 1
-DIRECTORY = "checkpoints"
+BACKEND = "jax"
 
 
 class Checkpoints:
@@ -32,6 +42,9 @@ class Checkpoints:
       keep_last: how many of the newest to keep.
       best_metric: name of the evaluation metric whose lowest value is kept as well; "" for none. Only saves whose step
         was evaluated take part.
+
+    Raises:
+      UserError: the directory can't be made, or its newest checkpoint is of the other backend.
     """
 
     def __init__(self, directory: Path, *, keep_last: int, best_metric: str):
@@ -49,6 +62,8 @@ class Checkpoints:
         self.best_metric = best_metric
         self._pending: Any = None
         with disk_errors(directory, setting="--workdir"):
+            if any(path.name.isdigit() for path in directory.glob("*")):
+                check_backend(find_checkpoint(directory), BACKEND)
             self._checkpointer = ocp.training.Checkpointer(
                 directory.absolute(),
                 preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -69,20 +84,20 @@ class Checkpoints:
 
         Args:
           state: the whole training state.
-          metadata: JSON values that describe it; see `describe`.
+          metadata: JSON values that describe it.
           metrics: of an evaluation of this very state, if there was one.
         """
         step = int(state.step)
         self.wait()
         if step in self.steps():
             return
+        parameters = _ParametersItem(state.parameters, {"backend": BACKEND, **metadata})
         with disk_errors(self.directory, setting="--workdir"):
             self._pending = self._checkpointer.save_checkpointables_async(
                 step,
-                {"parameters": state.parameters, "training": state._replace(parameters=None)._asdict()},
+                {"parameters": parameters, "training": state._replace(parameters=None)._asdict()},
                 force=True,
                 metrics=metrics,
-                custom_metadata={"format": FORMAT, **metadata},
             )
 
     def wait(self) -> None:
@@ -94,94 +109,87 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What `save` was given to describe the state of this step."""
-        return _read_metadata(self._checkpointer.checkpointables_metadata(step).custom_metadata, self.directory / str(step))
+        return read_metadata(self.directory / str(step) / FILE)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of a step; `like` gives the tree, shapes and types (arrays or `jax.ShapeDtypeStruct`).
 
         Raises:
-          UserError: the checkpoint holds other parameters, named with both shapes.
+          UserError: the checkpoint is damaged, or holds other parameters, named with both shapes.
         """
-        stored = self._checkpointer.checkpointables_metadata(step).metadata
-        like_training = like._replace(parameters=None)._asdict()
         where = self.directory / str(step)
-        _check_shapes(stored["parameters"], like.parameters, where)
-        _check_shapes(stored["training"], like_training, where)
-        abstract = jax.tree.map(_abstract, {"parameters": like.parameters, "training": like_training})
+        named, _ = read_arrays(where / FILE)
+        check_shapes(named, _named(like.parameters), where)
+        parameters = jax.tree.map(lambda array, leaf: jax.device_put(array, _sharding(leaf)), nest(named), like.parameters)
+        like_training = like._replace(parameters=None)._asdict()
+        stored = ocp.metadata(where.absolute(), checkpointable_name="training").metadata
+        check_shapes(_named(stored), _named(like_training), where)
         with _quiet_restore():
-            loaded = self._checkpointer.load_checkpointables(step, abstract)
-        return TrainState(**{**loaded["training"], "parameters": loaded["parameters"]})
+            training = self._checkpointer.load(
+                step, jax.tree.map(_abstract, like_training), checkpointable_name="training"
+            )
+        return TrainState(**{**training, "parameters": parameters})
 
     def close(self) -> None:
         """Waits for the last save and frees the directory."""
         self.wait()
-        self._checkpointer.close()
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the newest complete one of a run directory.
-
-    Raises:
-      UserError: there is none.
-    """
-    path = Path(path).expanduser()
-    if (path / "parameters").is_dir():
-        return path
-    folder = path / DIRECTORY if (path / DIRECTORY).is_dir() else path
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "parameters").is_dir()]
-    if not steps:
-        raise UserError(f"{path}: no checkpoint here; give a run directory or a checkpoint (RUN/{DIRECTORY}/STEP)")
-    return folder / str(max(steps))
+        with disk_errors(self.directory, setting="--workdir"):
+            self._checkpointer.close()
 
 
 def load_model(path: str | Path) -> tuple[nnx.GraphDef, Parameters, dict[str, Any]]:
-    """The model of a run directory or a checkpoint, for evaluation or as a reference.
+    """The model of a run directory or a checkpoint of either backend, for evaluation or as a reference.
 
     Returns:
-      its structure, its parameters, and the metadata that `describe` made.
+      its structure, its parameters, and the metadata that it was saved with.
 
     Raises:
-      UserError: no checkpoint there, or not one of this program.
+      UserError: no checkpoint there, one that is damaged or not of this program, or one without a whole model.
     """
     where = find_checkpoint(path)
-    stored = ocp.checkpointables_metadata(where.absolute())
-    metadata = _read_metadata(stored.custom_metadata, where)
-    settings = ModelSettings(**metadata["model"])
-    value_head = "value_head" in stored.metadata["parameters"]
-    like = nnx.eval_shape(lambda: Model(settings, rngs=nnx.Rngs(0), value_head=value_head))
-    definition, abstract = split(like)
-    _check_shapes(stored.metadata["parameters"], abstract, where)
-    with _quiet_restore():
-        loaded = ocp.load_checkpointables(where.absolute(), {"parameters": jax.tree.map(_abstract, abstract)})
-    return definition, loaded["parameters"], metadata
+    named, metadata = read_parameters(where)
+    value_head = any(name.startswith("value_head.") for name in named)
+    definition, abstract = abstract_parameters(ModelSettings(**metadata["model"]), value_head=value_head)
+    check_shapes(named, _named(abstract), where)
+    return definition, jax.device_put(nest(named)), metadata
 
 
-def _read_metadata(metadata: Any, where: Path) -> dict[str, Any]:
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise UserError(f"{where}: not a checkpoint of this program (format {FORMAT})")
-    return metadata
+class _ParametersItem:
+    """Parameters as an item of an Orbax checkpoint (`ocp.handlers.StatefulCheckpointable`)."""
+
+    def __init__(self, parameters: Parameters, metadata: dict[str, Any]):
+        self.parameters, self.metadata = traverse_util.flatten_dict(parameters, sep="."), metadata
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        # What is returned runs in the background; by then the next update may own the arrays' memory, so they are copied here.
+        for leaf in self.parameters.values():
+            leaf.copy_to_host_async()
+        named = {name: np.array(leaf) for name, leaf in self.parameters.items()}
+        return self._write(directory, named)
+
+    async def _write(self, directory: Any, named: dict[str, np.ndarray]) -> None:
+        write_arrays(Path(await directory.await_creation()) / FILE.name, named, self.metadata)
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        raise NotImplementedError("parameters are read without Orbax: parameters_file.read_arrays")
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding:
+    return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
 
 
-def _check_shapes(stored: Any, wanted: Any, where: Path) -> None:
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        # Orbax gives named tuples back as dicts and tuples as lists, so paths are compared by their bare names.
-        name = lambda path: ".".join(str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path)  # noqa: E731
-        return {name(path): tuple(leaf.shape) for path, leaf in leaves if hasattr(leaf, "shape")}
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves with a shape, by dotted path of bare names: Orbax gives named tuples back as dicts and tuples as lists."""
 
-    have, want = shapes(stored), shapes(wanted)
-    for key in sorted(have.keys() | want.keys()):
-        if have.get(key) != want.get(key):
-            describe_side = lambda shape: "absent" if shape is None else f"of shape {shape}"  # noqa: E731
-            raise UserError(
-                f"{where}: holds another model than the configuration describes: {key} is {describe_side(have.get(key))} "
-                f"there and {describe_side(want.get(key))} here; give the configuration it was trained with"
-            )
+    def name(path: tuple) -> str:
+        return ".".join(str(getattr(e, "key", getattr(e, "name", getattr(e, "idx", e)))) for e in path)
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {name(path): leaf for path, leaf in leaves if hasattr(leaf, "shape")}
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -131,6 +133,22 @@ def _first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return lines[0].strip("\"'") if lines[0][0] in "\"'" else lines[0]
+
+
+def train_options() -> dict[str, Any]:
+    """What `train` of either backend takes, from the flags of `define_run_flags`."""
+    values, config = flags.FLAGS, config_from_flags()
+    run_name = values.run_name or f"{recipe_name(values['config'].config_filename)}-{config.weighting.algorithm}"
+    return {
+        "config": config,
+        "workdir": Path(values.workdir or f"runs/{run_name}"),
+        "run_name": run_name,
+        "tags": parse_tags(values.tags),
+        "resume": values.resume,
+        "dry_run": values.dry_run,
+        "verbose": values.verbose,
+        "device": values.device,
+    }
 
 
 def _flags_help() -> str:

@@ -37,6 +37,7 @@ SCOPES = ("position", "sequence", "batch", "head")
 HEAD_KINDS = ("linear", "block", "sequential")
 # An early-stopping or best-checkpoint metric is one of the evaluation's, and lower is better for all of them.
 SINGLE_METRICS = ("eval/bits_per_byte", "eval/ce_mean")
+REWARD_SOURCES = ("likelihood", "unit_tests", "reward_model")
 
 
 def check_target(target: str) -> None:
@@ -82,7 +83,9 @@ def defaults() -> ConfigDict:
     c = ConfigDict()
 
     c.data = ConfigDict()
-    c.data.sources = ("python-stdlib",)  # python-stdlib | jsonl:PATH (objects with `text`) | text:GLOB
+    # python-stdlib | text:GLOB | tfds:NAME[/SPLIT] (mbpp, humaneval, code_contests; see wmtp_jax/data/build.py)
+    # | jsonl:PATH (objects with `text`, `prompt` and `completion`, or `messages`)
+    c.data.sources = ("python-stdlib",)
     c.data.source_weights = ()  # share of rows from each source; (): in proportion to their size
     c.data.validation_fraction = 0.03  # share of documents held out, chosen by a hash of their identity
     c.data.sequence_length = 256  # S: tokens a row
@@ -90,6 +93,8 @@ def defaults() -> ConfigDict:
     c.data.vocabulary_size = 1024  # of the trained bpe; ignored where a tokenizer is named
     c.data.cache_dir = ""  # where tokenised corpora are kept; "": $XDG_CACHE_HOME/wmtp or ~/.cache/wmtp
     c.data.prefetch = 4  # batches prepared ahead of the step
+    c.data.label_field = "passed"  # the field of `jsonl:` objects that says whether a text is right (bool) or how good (number)
+    c.data.failed_in_loss = False  # texts labelled False are targets too; else they are there for the value function only
 
     c.model = model_defaults()
 
@@ -102,7 +107,7 @@ def defaults() -> ConfigDict:
     c.weighting.low = 0.1  # exponential: smallest weight before normalisation
     c.weighting.high = 3.0  # exponential: largest weight before normalisation
     c.weighting.softmax_temperature = 0.7  # softmax_over_heads: of the raw scores
-    c.weighting.signed = True  # excess loss keeps its sign (Rho-1); False: its absolute value
+    c.weighting.signed = True  # excess loss (Rho-1) and the critic's score keep their sign; False: their absolute value
     c.weighting.threshold = 0.0  # excess losses smaller than this in magnitude count as 0
     c.weighting.gamma = 2.0  # focal: (1 - p)^gamma
     c.weighting.decay = 0.8  # head-decay: decay^k
@@ -111,12 +116,34 @@ def defaults() -> ConfigDict:
     c.weighting.permute = False  # a control: the same weights, dealt out at random among the valid entries
     c.weighting.start_step = 0  # weights are uniform before this step (a warm-up without weighting)
 
-    c.reference = ConfigDict()  # for the rho1 algorithms
+    c.reference = ConfigDict()  # for the rho1 algorithms, and for rewards by likelihood
     c.reference.path = ""  # a run directory or checkpoint of this program; "": train one first, see steps
     c.reference.alignment = "next_token"  # next_token (from each target's own prefix) | same_prefix (an MTP reference)
     c.reference.steps = 0  # where path is "": steps of the reference's own run; 0: refuse to start without a path
     c.reference.model = model_defaults()
     c.reference.model.heads.count = 1
+
+    c.reward = ConfigDict()  # what critic-wmtp's value function learns: a number a text, standardised over the training rows
+    # likelihood: mean log-likelihood a token under the reference model | unit_tests: the labels stored with the data
+    # | reward_model: a function of one's own
+    c.reward.source = "likelihood"
+    c.reward.model = ""  # reward_model: MODULE:FUNCTION, (token arrays, tokenizer) -> numbers
+
+    c.critic = ConfigDict()  # for critic-wmtp; its stages are runs of their own in WORKDIR/trunk and WORKDIR/value
+    c.critic.trunk = ""  # a run or checkpoint of this program with the same model; "": train one first, see trunk_steps
+    c.critic.trunk_steps = 0  # where trunk is "": steps of a baseline-mtp run; 0: refuse to start without a trunk
+    c.critic.head = ""  # a value head trained on that very trunk (WORKDIR/value of another run); "": train one first
+    c.critic.steps = 500  # where head is "": updates of the value head alone, on the frozen trunk
+    c.critic.stop_after = ""  # trunk | value: end after that stage; "": go on to the model
+    c.critic.learning_rate = 1e-3  # of the value head, in both stages, with the optimizer's schedule
+    c.critic.discount = 1.0  # γ
+    c.critic.decay = 0.95  # λ of the returns that the head learns, and of the generalized advantage
+    c.critic.eval_every = 100  # steps of the value stage between evaluations
+    c.critic.patience = 3  # evaluations without a lower value loss before the value stage ends; its best head is kept
+    c.critic.allow_unexplained = False  # go on with a head that explains none of the held-out rewards' variance
+    c.critic.score = "value_change"  # what a token is worth: value_change | advantage (generalized)
+    c.critic.coefficient = 1.0  # of the value loss beside the model's
+    c.critic.train_trunk = False  # the value loss also trains the trunk
 
     c.train = ConfigDict()
     c.train.seed = 0
@@ -190,6 +217,8 @@ def recipe_defaults(target: str) -> ConfigDict:
         c.reference.model.width = 128
         c.reference.model.layers = 2
         c.reference.steps = 1000
+        c.critic.trunk_steps = 2000
+        c.critic.steps = 1000
         return c
     large = target == "vessl"
     c.data.vocabulary_size = 32_000
@@ -317,11 +346,12 @@ def _validate_reference(config: ConfigDict) -> None:
         _refuse("reference.alignment", c.alignment, "next_token | same_prefix")
     if c.steps < 0:
         _refuse("reference.steps", c.steps, "0 or more")
-    if ALGORITHMS[config.weighting.algorithm] != "reference":
+    if not uses_reference(config):
         return
     if not c.path and not c.steps:
+        why = " with reward.source = 'likelihood'" if config.weighting.algorithm == "critic-wmtp" else ""
         raise UserError(
-            f"config.weighting.algorithm = {config.weighting.algorithm!r} needs a reference model: set "
+            f"config.weighting.algorithm = {config.weighting.algorithm!r}{why} needs a reference model: set "
             "config.reference.path to a trained run, or config.reference.steps to train one first"
         )
     if not c.path:
@@ -331,17 +361,56 @@ def _validate_reference(config: ConfigDict) -> None:
                 "reference.model.max_positions", c.model.max_positions,
                 f"at least data.sequence_length ({config.data.sequence_length}), or 0",
             )  # fmt: skip
-        if c.alignment == "same_prefix" and c.model.heads.count < config.model.heads.count:
+        weights = ALGORITHMS[config.weighting.algorithm] == "reference"
+        if weights and c.alignment == "same_prefix" and c.model.heads.count < config.model.heads.count:
             _refuse(
                 "reference.model.heads.count", c.model.heads.count,
                 f"at least model.heads.count ({config.model.heads.count}) where reference.alignment = 'same_prefix'",
             )  # fmt: skip
 
 
+def _validate_critic(config: ConfigDict) -> None:
+    c = config.critic
+    if config.reward.source not in REWARD_SOURCES:
+        _refuse("reward.source", config.reward.source, " | ".join(REWARD_SOURCES))
+    choices = {"score": ("value_change", "advantage"), "stop_after": ("", "trunk", "value")}
+    for key, allowed in choices.items():
+        if c[key] not in allowed:
+            _refuse(f"critic.{key}", c[key], " | ".join(map(repr, allowed)))
+    for key in ("trunk_steps", "coefficient"):
+        if c[key] < 0:
+            _refuse(f"critic.{key}", c[key], "0 or more")
+    for key in ("discount", "decay"):
+        if not 0 <= c[key] <= 1:
+            _refuse(f"critic.{key}", c[key], "in [0, 1]")
+    for key in ("steps", "eval_every", "patience"):
+        if c[key] < 1:
+            _refuse(f"critic.{key}", c[key], "at least 1")
+    if c.learning_rate <= 0:
+        _refuse("critic.learning_rate", c.learning_rate, "above 0")
+    if ALGORITHMS[config.weighting.algorithm] != "values":
+        return
+    if not c.trunk and not c.trunk_steps:
+        raise UserError(
+            "config.weighting.algorithm = 'critic-wmtp' starts from a trained model: set config.critic.trunk to a trained "
+            "run, or config.critic.trunk_steps to train a baseline-mtp run first"
+        )
+    if c.head and not c.trunk:
+        raise UserError(f"config.critic.head = {c.head!r}: belongs to the model it was trained on; set config.critic.trunk to it")
+    if config.reward.source == "reward_model" and not config.reward.model:
+        _refuse("reward.model", config.reward.model, "MODULE:FUNCTION where reward.source = 'reward_model'")
+
+
+def uses_reference(config: ConfigDict) -> bool:
+    """Whether a run of this configuration needs a reference model: for its weights, or for its rewards."""
+    needs = ALGORITHMS[config.weighting.algorithm]
+    return needs == "reference" or (needs == "values" and config.reward.source == "likelihood")
+
+
 def _validate_run(config: ConfigDict) -> None:
     data, train, optimizer = config.data, config.train, config.optimizer
     if not data.sources:
-        _refuse("data.sources", data.sources, "at least one of python-stdlib, jsonl:PATH, text:GLOB")
+        _refuse("data.sources", data.sources, "at least one of python-stdlib, text:GLOB, jsonl:PATH, tfds:NAME")
     if data.source_weights and len(data.source_weights) != len(data.sources):
         _refuse("data.source_weights", data.source_weights, f"one weight for each of {len(data.sources)} sources, or ()")
     if any(isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 < w < math.inf for w in data.source_weights):
@@ -390,6 +459,8 @@ def _validate_run(config: ConfigDict) -> None:
 def _validate_outputs(config: ConfigDict) -> None:
     evaluation, checkpoint = config.eval, config.checkpoint
     metrics = SINGLE_METRICS + tuple(f"eval/ce_head_{k}" for k in range(config.model.heads.count))
+    if config.weighting.algorithm == "critic-wmtp":
+        metrics += ("eval/value_loss",)
     for key, value in (("eval.stop_metric", evaluation.stop_metric), ("checkpoint.best_metric", checkpoint.best_metric)):
         if value and value not in metrics:
             _refuse(key, value, "'' or one of " + ", ".join(metrics))
@@ -417,5 +488,6 @@ def validate(config: ConfigDict) -> None:
     _validate_model(config.model, "model.")
     _validate_weighting(config)
     _validate_reference(config)
+    _validate_critic(config)
     _validate_run(config)
     _validate_outputs(config)

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.flops import measured_peak, peak_of
 
 
 def choose_device(name: str | None) -> jax.Device:
@@ -31,3 +33,16 @@ def keep_compiled_programs() -> None:
     # By default only programs that took over a second are kept; a start-up is made of many that take less.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Operations a second of one device: from the table for known GPUs, measured for a CPU, None where unknown."""
+    if device.platform != "cpu":
+        return peak_of(device.device_kind)
+    multiply = jax.jit(jnp.matmul)
+
+    def product(size: int) -> None:
+        x = jnp.ones((size, size), jnp.float32)
+        multiply(x, x).block_until_ready()
+
+    return measured_peak(product)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -11,63 +12,52 @@ from ml_collections import ConfigDict
 
 from wmtp_jax import summary
 from wmtp_jax.data.corpus import Corpus
-from wmtp_jax.data.pipeline import rows_per_epoch
-from wmtp_jax.experiment import (
-    abstract_parameters,
-    make_update,
-    model_settings,
-    optimizer_settings,
-    total_steps,
-    weighting_settings,
-)
-from wmtp_jax.flops import flops_per_token
+from wmtp_jax.experiment import critic_settings, model_settings, optimizer_settings, total_steps, weighting_settings
+from wmtp_jax.model import abstract_parameters
 from wmtp_jax.optimizer import make_optimizer
-from wmtp_jax.reference import load_reference
-from wmtp_jax.train_step import Reference, initial_state, is_local, needs_reference
+from wmtp_jax.parameters_file import FILE, read_metadata
+from wmtp_jax.run_directory import find_checkpoint
+from wmtp_jax.settings import ModelSettings
+from wmtp_jax.stages import plan_rows
+from wmtp_jax.train_step import Reference, initial_state, train_step
 
 
 def print_plan(config: ConfigDict, corpus: Corpus, device: jax.Device) -> None:
     """What a run would do and need; compiles the real update without making its arrays."""
     settings = model_settings(config.model, corpus.tokenizer.vocabulary_size, config.data.sequence_length)
     steps = total_steps(config, corpus)
-    definition, parameters = abstract_parameters(settings)
+    weighting, critic = weighting_settings(config), critic_settings(config)
+    definition, parameters = abstract_parameters(settings, value_head=critic is not None)
     optimizer = make_optimizer(optimizer_settings(config), steps)
     state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer), parameters)
-    weighting = weighting_settings(config)
-    reference_note, reference = "none", None
-    if needs_reference(weighting):
-        if config.reference.path:
-            reference = load_reference(
-                config.reference.path, corpus, alignment=config.reference.alignment, num_heads=settings.num_heads
-            )
-            reference_note = f"{config.reference.path}, tokenizer checked"
-        else:
-            own = model_settings(config.reference.model, settings.vocabulary_size, config.data.sequence_length)
-            reference = Reference(*abstract_parameters(own))
-            reference_note = f"trained first, {config.reference.steps} steps, in WORKDIR/reference"
+    # One that scores rewards is gone before the update.
+    reference = _abstract_reference(config, settings.vocabulary_size) if weighting.needs_reference else None
     shape = (config.train.batch_size, config.data.sequence_length)
     heads = (*shape, settings.num_heads)
     shapes = {name: (shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
     shapes |= {"targets": (heads, np.int32), "mask": (heads, np.bool_)}
+    if critic is not None:
+        shapes |= {"rewards": (shape, np.float32), "rewarded": (shape, np.bool_)}
     batch = {name: jax.ShapeDtypeStruct(*description) for name, description in shapes.items()}
-    reference_definition, reference_parameters = reference or (None, None)
-    update = make_update(config, definition, reference_definition, steps=steps)
-    compiled = update.lower(state, batch, reference_parameters).compile()
+    update = functools.partial(
+        train_step,
+        definition=definition,
+        optimizer=optimizer,
+        settings=weighting,
+        critic=critic,
+        reference_definition=reference.definition if reference else None,
+        accumulation=config.train.accumulation,
+        chunk_size=config.train.loss_chunk or None,
+    )
+    reference_parameters = reference.parameters if reference else None
+    compiled = jax.jit(update, donate_argnums=0).lower(state, batch, reference_parameters).compile()
     memory = compiled.memory_analysis()
 
     def size(tree: Any) -> int:
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
-    two_passes = config.train.accumulation > 1 and not is_local(weighting)
     rows = [
-        ("algorithm", f"{config.weighting.algorithm}, form {config.weighting.form}, scope {config.weighting.scope}"),
-        ("reference", reference_note),
-        ("model", f"{settings.layers} layers, width {settings.width}, {settings.num_heads} {settings.head_kind} heads"),
-        ("parameters", f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)):,}"),
-        ("batch", f"{shape[0]} rows of {shape[1]} tokens, {config.train.accumulation} micro-batches"),
-        ("statistics pass", "one more forward pass an update: weights rank the whole batch" if two_passes else "none"),
-        ("steps", f"{steps:,} updates, {steps * math.prod(shape):,} tokens, {_epochs(steps, config, corpus)} epochs"),
-        ("operations", f"{flops_per_token(settings, shape[1]) / 1e6:.1f} Mflop a token, forward and backward"),
+        *plan_rows(config, corpus, settings, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))),
         ("memory", f"{summary.human_bytes(size(state.parameters))} parameters, "
                    f"{summary.human_bytes(size(state.optimizer_state))} optimizer, "
                    f"{summary.human_bytes(memory.temp_size_in_bytes)} gradients and temporaries (compiled)"
@@ -77,5 +67,10 @@ def print_plan(config: ConfigDict, corpus: Corpus, device: jax.Device) -> None:
     print(summary.facts("plan (--dry_run: nothing is trained)", rows))
 
 
-def _epochs(steps: int, config: ConfigDict, corpus: Corpus) -> str:
-    return f"{steps * config.train.batch_size / rows_per_epoch(corpus):.2f}"
+def _abstract_reference(config: ConfigDict, vocabulary_size: int) -> Reference:
+    """The structure and shapes of the reference, whether it is given or to be trained."""
+    if config.reference.path:
+        settings = ModelSettings(**read_metadata(find_checkpoint(config.reference.path) / FILE)["model"])
+    else:
+        settings = model_settings(config.reference.model, vocabulary_size, config.data.sequence_length)
+    return Reference(*abstract_parameters(settings))

@@ -1,21 +1,36 @@
-"""The configuration, unpacked: the plain settings and functions that an experiment is made of."""
+"""The configuration, unpacked: the plain settings that an experiment is made of, and the configurations of its stages."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
-import jax
-from flax import nnx
 from ml_collections import ConfigDict
 
+from wmtp_jax.config import defaults
 from wmtp_jax.data.corpus import Corpus, load_corpus
 from wmtp_jax.data.pipeline import rows_per_epoch
-from wmtp_jax.model import Model, ModelSettings
-from wmtp_jax.optimizer import OptimizerSettings, make_optimizer
-from wmtp_jax.train_step import Parameters, Weighting, split, train_step
+from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting
+
+
+def load_data(config: ConfigDict) -> Corpus:
+    c = config.data
+    return load_corpus(
+        c.sources,
+        weights=c.source_weights,
+        tokenizer=c.tokenizer,
+        vocabulary_size=c.vocabulary_size,
+        sequence_length=c.sequence_length,
+        validation_fraction=c.validation_fraction,
+        cache_dir=c.cache_dir,
+        label_field=c.label_field,
+        failed_in_loss=c.failed_in_loss,
+    )
+
+
+def total_steps(config: ConfigDict, corpus: Corpus) -> int:
+    if config.train.steps:
+        return config.train.steps
+    return max(1, math.ceil(config.train.epochs * rows_per_epoch(corpus) / config.train.batch_size))
 
 
 def model_settings(model: ConfigDict, vocabulary_size: int, sequence_length: int) -> ModelSettings:
@@ -32,73 +47,71 @@ def model_settings(model: ConfigDict, vocabulary_size: int, sequence_length: int
     )
 
 
-def initial_parameters(settings: ModelSettings, seed: int) -> tuple[nnx.GraphDef, Parameters]:
-    """A model's structure and random parameters, a function of the seed alone."""
-    definition, _ = abstract_parameters(settings)
-    return definition, jax.jit(lambda key: split(Model(settings, rngs=nnx.Rngs(key)))[1])(jax.random.key(seed))
-
-
-def abstract_parameters(settings: ModelSettings) -> tuple[nnx.GraphDef, Parameters]:
-    """A model's structure and its parameters' shapes and types, without making them."""
-    return split(nnx.eval_shape(lambda: Model(settings, rngs=nnx.Rngs(0))))
-
-
-def load_data(config: ConfigDict) -> Corpus:
-    c = config.data
-    return load_corpus(
-        c.sources,
-        weights=c.source_weights,
-        tokenizer=c.tokenizer,
-        vocabulary_size=c.vocabulary_size,
-        sequence_length=c.sequence_length,
-        validation_fraction=c.validation_fraction,
-        cache_dir=c.cache_dir,
-    )
-
-
-def total_steps(config: ConfigDict, corpus: Corpus) -> int:
-    if config.train.steps:
-        return config.train.steps
-    return max(1, math.ceil(config.train.epochs * rows_per_epoch(corpus) / config.train.batch_size))
-
-
 def weighting_settings(config: ConfigDict) -> Weighting:
     """The section `weighting`, frozen, with the reference's alignment."""
     return Weighting(**config.weighting, alignment=config.reference.alignment)
 
 
+def critic_settings(config: ConfigDict) -> Critic | None:
+    """How the value head learns and what its values say; None for algorithms without one."""
+    if not weighting_settings(config).needs_values:
+        return None
+    c = config.critic
+    return Critic(c.score, c.discount, c.decay, c.coefficient, c.train_trunk)
+
+
 def optimizer_settings(config: ConfigDict) -> OptimizerSettings:
-    """The section `optimizer`, frozen."""
-    return OptimizerSettings(**config.optimizer)
+    """The section `optimizer`, frozen, with the value head's learning rate."""
+    return OptimizerSettings(**config.optimizer, value_learning_rate=config.critic.learning_rate)
 
 
-def make_update(
-    config: ConfigDict, definition: nnx.GraphDef, reference_definition: nnx.GraphDef | None, *, steps: int
-) -> Callable[..., Any]:
-    """The jitted update `(state, batch, reference parameters) -> (state, metrics)`; it takes over the state's memory."""
-    update = functools.partial(
-        train_step,
-        definition=definition,
-        optimizer=make_optimizer(optimizer_settings(config), steps),
-        settings=weighting_settings(config),
-        reference_definition=reference_definition,
-        seed=config.train.seed,
-        accumulation=config.train.accumulation,
-        chunk_size=config.train.loss_chunk or None,
-    )
-    return jax.jit(update, donate_argnums=0)
+def peak_learning_rate(config: ConfigDict) -> float:
+    """The highest rate that a model's matrices get."""
+    muon = config.optimizer.name == "muon"
+    return config.optimizer.muon_learning_rate if muon else config.optimizer.learning_rate
 
 
 def reference_config(config: ConfigDict) -> ConfigDict:
     """The configuration of the reference's own run: its model and steps, unweighted, everything else alike."""
-    c = ConfigDict(config.to_dict())
+    c = _unweighted(config)
     c.model = config.reference.model.copy_and_resolve_references()
-    c.weighting.algorithm = "baseline-mtp"
-    c.weighting.form = "default"
     c.train.steps, c.train.epochs = config.reference.steps, 0.0
-    c.eval.bigram, c.eval.completions, c.eval.token_rows = False, 0, 0
     if c.eval.stop_metric.startswith("eval/ce_head_"):
         c.eval.stop_metric = "eval/ce_head_0"
     if c.checkpoint.best_metric.startswith("eval/ce_head_"):
         c.checkpoint.best_metric = "eval/ce_head_0"
     return c.lock()
+
+
+def trunk_config(config: ConfigDict) -> ConfigDict:
+    """The configuration of the critic's stage 0: the same model, unweighted, for `critic.trunk_steps`."""
+    c = _unweighted(config)
+    c.train.steps, c.train.epochs = config.critic.trunk_steps, 0.0
+    return c.lock()
+
+
+def value_config(config: ConfigDict) -> ConfigDict:
+    """The configuration of the critic's stage 1: steps, evaluation and early stopping of the value head."""
+    c = ConfigDict(config.to_dict())
+    c.weighting, c.reference = defaults().weighting, defaults().reference
+    c.weighting.algorithm = config.weighting.algorithm
+    c.critic.head = c.critic.stop_after = ""
+    c.train.steps, c.train.epochs = config.critic.steps, 0.0
+    c.eval.every, c.eval.patience = config.critic.eval_every, config.critic.patience
+    c.eval.stop_metric = c.checkpoint.best_metric = "eval/value_loss"
+    # The best head is one that was evaluated.
+    c.checkpoint.every = c.eval.every
+    return c.lock()
+
+
+def _unweighted(config: ConfigDict) -> ConfigDict:
+    c = ConfigDict(config.to_dict())
+    # What has no say in such a run must not keep it from being gone on with.
+    for section in ("weighting", "reference", "reward", "critic"):
+        c[section] = defaults()[section]
+    c.eval.bigram, c.eval.completions, c.eval.token_rows = False, 0, 0
+    # A run without values has no value loss to stop by.
+    for section, key in ((c.eval, "stop_metric"), (c.checkpoint, "best_metric")):
+        if section[key] == "eval/value_loss":
+            section[key] = "eval/ce_mean"
+    return c

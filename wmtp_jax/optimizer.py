@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import optax
 
+from wmtp_jax.settings import OptimizerSettings
+
 # Tables and the heads' unembeddings: their rows are tokens, so Muon's orthogonal update does not suit them (Jordan et al. 2024).
 TABLES = ("embedding", "position_embedding", "unembedding")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerSettings:
-    """The section `optimizer` of the configuration, in the same words."""
-
-    name: str
-    learning_rate: float
-    muon_learning_rate: float
-    b1: float
-    b2: float
-    epsilon: float
-    weight_decay: float
-    clip_norm: float
-    schedule: str
-    warmup_steps: int
-    decay_fraction: float
-    final_fraction: float
 
 
 def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
@@ -76,27 +59,47 @@ def parameter_kinds(parameters: Any) -> Any:
 def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.GradientTransformation:
     """Clipping, then AdamW, or Muon for matrices with AdamW for the rest (with Nesterov's momentum, as optax's Muon has it).
 
-    Weight decay applies to matrices only.
+    Weight decay applies to matrices only. Parameters under `value_head` get AdamW without decay at `value_learning_rate`,
+    clipped by their own norm: how a value function learns never changes a model's update.
     """
+
+    def labels(parameters: Any) -> Any:
+        name = lambda path, _: "value_head" if path[0].key == "value_head" else "model"  # noqa: E731
+        return jax.tree_util.tree_map_with_path(name, parameters)
+
     factor = make_schedule(settings, total_steps)
+    groups = {"model": _model_rule(settings, factor), "value_head": _value_rule(settings, factor)}
+    clipped = {name: _clipped(rule, settings.clip_norm) for name, rule in groups.items()}
+    return optax.partition(clipped, labels)
 
-    def scaled(rate: float) -> optax.Schedule:
-        return lambda step: rate * factor(step)
 
+def _clipped(rule: optax.GradientTransformation, norm: float) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(norm), rule) if norm else rule
+
+
+def _scaled(rate: float, factor: optax.Schedule) -> optax.Schedule:
+    return lambda step: rate * factor(step)
+
+
+def _value_rule(settings: OptimizerSettings, factor: optax.Schedule) -> optax.GradientTransformation:
+    rate = _scaled(settings.value_learning_rate, factor)
+    return optax.adamw(rate, b1=settings.b1, b2=settings.b2, eps=settings.epsilon, weight_decay=0.0)
+
+
+def _model_rule(settings: OptimizerSettings, factor: optax.Schedule) -> optax.GradientTransformation:
     def is_matrix(parameters: Any) -> Any:
         return jax.tree.map(lambda kind: kind == "matrix", parameter_kinds(parameters))
 
-    adamw = optax.adamw(
-        scaled(settings.learning_rate),
-        b1=settings.b1,
-        b2=settings.b2,
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        mask=is_matrix,
-    )
     match settings.name:
         case "adamw":
-            rule = adamw
+            return optax.adamw(
+                _scaled(settings.learning_rate, factor),
+                b1=settings.b1,
+                b2=settings.b2,
+                eps=settings.epsilon,
+                weight_decay=settings.weight_decay,
+                mask=is_matrix,
+            )
         case "muon":
 
             def dimensions(parameters: Any) -> Any:
@@ -108,17 +111,13 @@ def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.Gradi
 
                 return jax.tree.map(of, parameter_kinds(parameters), parameters)
 
-            rule = optax.contrib.muon(
-                scaled(settings.muon_learning_rate),
+            return optax.contrib.muon(
+                _scaled(settings.muon_learning_rate, factor),
                 weight_decay=settings.weight_decay,
                 adam_b1=settings.b1,
                 adam_b2=settings.b2,
                 eps=settings.epsilon,
-                adam_learning_rate=scaled(settings.learning_rate),
+                adam_learning_rate=_scaled(settings.learning_rate, factor),
                 muon_weight_dimension_numbers=dimensions,
             )
-        case _:
-            raise ValueError(f"optimizer {settings.name!r}: must be adamw or muon")
-    if settings.clip_norm == 0:
-        return rule
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), rule)
+    raise ValueError(f"optimizer {settings.name!r}: must be adamw or muon")

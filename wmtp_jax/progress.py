@@ -166,7 +166,7 @@ class Progress:
             "label": [("", self._label)],
             "step": [("step", f"{self._step}/{self._total}")],
             "percent": [("", f"{100 * self._step // max(self._total, 1)}%")],
-            "loss": [("loss", _number(self._metrics.get("train/loss"), 3))],
+            "loss": [("loss", _number(self._metrics.get("train/loss", self._metrics.get("train/value_loss")), 3))],
             "heads": [("ce", " ".join(heads)), ("ce", "..".join(heads[:1] + heads[1:][-1:]))],
             "rate": [("", _rate(self._metrics.get("train/tokens_per_second")))],
             "left": [self._left()],
@@ -184,7 +184,12 @@ class Progress:
 
     def _evaluation(self, step: int, metrics: Mapping[str, Any]) -> str:
         heads = " ".join(_heads(metrics, "eval/ce_head_"))
-        parts = [("ce", heads), ("", _number(metrics.get("eval/bits_per_byte"), 3, " bits/byte"))]
+        explained = metrics.get("eval/explained_variance")
+        parts = [
+            ("ce", heads),
+            ("", _number(metrics.get("eval/bits_per_byte"), 3, " bits/byte")),
+            ("values explain", "" if explained is None else f"{explained:.1%}"),
+        ]
         text = ", ".join(f"{name} {value}".strip() for name, value in parts if value)
         return f"{self._label + '  ' if self._label else ''}evaluation at step {step}{': ' + text if text else ''}"
 

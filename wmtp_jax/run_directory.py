@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from wmtp_jax.config import flatten
 from wmtp_jax.errors import UserError
 
+CHECKPOINTS = "checkpoints"
 # What may differ between a run and its continuation: how long, how often, where. All else would make it another run.
 FREE_KEYS = (
     "train.steps",
@@ -28,10 +29,12 @@ FREE_KEYS = (
     "eval.",
     "checkpoint.",
     "tracking.",
+    "critic.stop_after",
+    "critic.allow_unexplained",
 )
 # What a run writes, and --resume=never replaces.
 OUTPUTS = ("checkpoints", "config.json", "curves.png", "metrics.jsonl", "mlflow.json", "nonfinite", "reference",
-           "report", "summary.json", "tokenizer", "tokens", "tracking.jsonl")  # fmt: skip
+           "report", "summary.json", "tokenizer", "tokens", "tracking.jsonl", "trunk", "value")  # fmt: skip
 
 
 @contextmanager
@@ -65,7 +68,7 @@ def clear(directory: Path) -> bool:
 
 
 def adopt(checkpoint: Path, directory: Path) -> None:
-    """Makes `directory` go on from a checkpoint of another run: copies it, its run's metrics and its run's reference.
+    """Makes `directory` go on from a checkpoint of another run: copies it, its run's metrics and the runs of its stages.
 
     Does nothing where `directory` has a checkpoint already, so that the same command goes on from there. The other run is
     only read.
@@ -73,21 +76,38 @@ def adopt(checkpoint: Path, directory: Path) -> None:
     Raises:
       UserError: the checkpoint's directory is not named by its step.
     """
-    target = directory / "checkpoints"
+    target = directory / CHECKPOINTS
     if target.is_dir() and any(path.name.isdigit() for path in target.iterdir()):
         return
     if not checkpoint.name.isdigit():
         raise UserError(f"--resume={checkpoint}: a checkpoint's directory is named by its step; give it that name")
     source = checkpoint.parent.parent
-    if (source / "reference").is_dir() and not (directory / "reference").exists():
-        shutil.copytree(source / "reference", directory / ".reference.tmp", dirs_exist_ok=True)
-        (directory / ".reference.tmp").rename(directory / "reference")
+    for stage in ("reference", "trunk", "value"):
+        if (source / stage).is_dir() and not (directory / stage).exists():
+            shutil.copytree(source / stage, directory / f".{stage}.tmp", dirs_exist_ok=True)
+            (directory / f".{stage}.tmp").rename(directory / stage)
     if (source / "metrics.jsonl").is_file():
         shutil.copyfile(source / "metrics.jsonl", directory / "metrics.jsonl")
     target.mkdir(exist_ok=True)
     # Last, and by a rename: an interrupted copy leaves no checkpoint, and is made again.
     shutil.copytree(checkpoint, directory / ".checkpoint.tmp", dirs_exist_ok=True)
     (directory / ".checkpoint.tmp").rename(target / checkpoint.name)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path stands for: itself, or the newest complete one of a run directory.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = Path(path).expanduser()
+    if (path / "parameters").is_dir():
+        return path
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "parameters").is_dir()]
+    if not steps:
+        raise UserError(f"{path}: no checkpoint here; give a run directory or a checkpoint (RUN/{CHECKPOINTS}/STEP)")
+    return folder / str(max(steps))
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a model is, as plain values, and the rotary frequencies that follow; shared by both backends, so free of jax."""
+"""What model, weights, critic and optimizer are, as frozen plain values made once at the edge; shared by both backends."""
 
 from __future__ import annotations
 
@@ -53,6 +53,78 @@ class ModelSettings:
     initial_scale: float = 0.02
     compute_dtype: str = "float32"
     remat: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighting:
+    """The section `weighting` of the configuration, in the same words, and how a reference is aligned."""
+
+    algorithm: str = "baseline-mtp"
+    form: str = "default"
+    scope: str = "head"
+    fraction: float = 0.7
+    temperature: float = 1.0
+    low: float = 0.1
+    high: float = 3.0
+    softmax_temperature: float = 0.7
+    signed: bool = True
+    threshold: float = 0.0
+    gamma: float = 2.0
+    decay: float = 0.8
+    members: tuple[str, ...] = ()
+    coefficients: tuple[float, ...] = ()
+    permute: bool = False
+    start_step: int = 0
+    alignment: str = "next_token"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the weights depend on a reference model's losses."""
+        return self.algorithm in ("rho1-weighted", "rho1-tokenskip")
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the weights depend on a value function."""
+        return self.algorithm == "critic-wmtp"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a row's weights depend on that row alone, so that micro-batches can be weighted one by one."""
+        if self.permute:
+            return False
+        if self.algorithm == "baseline-mtp" or self.form == "softmax_over_heads":
+            return True
+        return self.scope in ("position", "sequence")
+
+
+@dataclasses.dataclass(frozen=True)
+class Critic:
+    """How values become weights, and how the value head learns: keys of the section `critic`, in the same words."""
+
+    score: str = "value_change"
+    discount: float = 1.0
+    decay: float = 0.95
+    coefficient: float = 1.0
+    train_trunk: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """The section `optimizer` of the configuration, in the same words, and the value head's own learning rate."""
+
+    name: str
+    learning_rate: float
+    muon_learning_rate: float
+    b1: float
+    b2: float
+    epsilon: float
+    weight_decay: float
+    clip_norm: float
+    schedule: str
+    warmup_steps: int
+    decay_fraction: float
+    final_fraction: float
+    value_learning_rate: float = 0.0
 
 
 def rotary_frequencies(settings: ModelSettings) -> np.ndarray:

@@ -6,7 +6,8 @@ treatment of non-finite values cannot differ between them.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,38 +15,18 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from wmtp_jax import weighting
+from wmtp_jax import algorithms, weighting
+from wmtp_jax.critic import token_score, value_loss
 from wmtp_jax.losses import TokenStatistics, token_statistics, weighted_mean
-from wmtp_jax.model import Model
+from wmtp_jax.model import Model, Parameters, merge
+from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss
+from wmtp_jax.settings import Critic, Weighting
 
 Array = jax.Array
-Parameters = dict[str, Any]
 # tokens, segment_ids, positions [B, S]; targets, mask [B, S, H]; where they were scored beforehand, reference_loss [B, S]:
-# entry t is -log P(x[t] | x[<t]), 0 at a segment's first token. See data/.
+# entry t is -log P(x[t] | x[<t]), 0 at a segment's first token. With a critic, rewards [B, S], a segment's at its last token and
+# 0 elsewhere, and rewarded [B, S] bool, the tokens of the segments that have one. See data/ and rewards.py.
 Batch = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Weighting:
-    """The section `weighting` of the configuration, in the same words, and how a reference is aligned."""
-
-    algorithm: str = "baseline-mtp"
-    form: str = "default"
-    scope: str = "head"
-    fraction: float = 0.7
-    temperature: float = 1.0
-    low: float = 0.1
-    high: float = 3.0
-    softmax_temperature: float = 0.7
-    signed: bool = True
-    threshold: float = 0.0
-    gamma: float = 2.0
-    decay: float = 0.8
-    members: tuple[str, ...] = ()
-    coefficients: tuple[float, ...] = ()
-    permute: bool = False
-    start_step: int = 0
-    alignment: str = "next_token"
 
 
 class Reference(NamedTuple):
@@ -64,17 +45,6 @@ class TrainState(NamedTuple):
     optimizer_state: Any
 
 
-def merge(definition: nnx.GraphDef, parameters: Parameters) -> Model:
-    """The model with these parameters; cheap, made inside the traced functions."""
-    return nnx.merge(definition, nnx.State(parameters))
-
-
-def split(model: Model) -> tuple[nnx.GraphDef, Parameters]:
-    """A model as its structure and a nested dict of arrays."""
-    definition, state = nnx.split(model)
-    return definition, nnx.to_pure_dict(state)
-
-
 # ---- statistics ----------------------------------------------------------------------------------------------------
 
 
@@ -84,6 +54,23 @@ def head_statistics(model: Model, batch: Batch, *, chunk_size: int | None = None
     The loss is differentiable in the model's parameters, the others are not. Entries behind the mask are finite and mean
     nothing.
     """
+    return _statistics_and_states(model, batch, chunk_size=chunk_size)[0]
+
+
+def token_values(model: Model, shared: Array, *, train_trunk: bool = False) -> Array:
+    """The value after every token, `[B, S]` float32, from the hidden states that the heads share, `[B, S, D]`.
+
+    `train_trunk` lets gradients pass into those states.
+    """
+    return model.value_head(shared if train_trunk else jax.lax.stop_gradient(shared))
+
+
+def shared_states(model: Model, batch: Batch) -> Array:
+    """The hidden states that the heads share, `[B, S, D]`."""
+    return model.trunk(batch["tokens"], batch["positions"], model.context(batch["segment_ids"], batch["positions"]))
+
+
+def _statistics_and_states(model: Model, batch: Batch, *, chunk_size: int | None) -> tuple[TokenStatistics, Array]:
     context = model.context(batch["segment_ids"], batch["positions"])
     shared = model.trunk(batch["tokens"], batch["positions"], context)
     targets = batch["targets"]
@@ -93,7 +80,7 @@ def head_statistics(model: Model, batch: Batch, *, chunk_size: int | None = None
         narrow = unembedding.astype(states.dtype)
         groups.append(token_statistics(states, narrow, targets[..., start:stop], chunk_size=chunk_size))
         start = stop
-    return TokenStatistics(*(jnp.concatenate(parts, axis=-1) for parts in zip(*groups, strict=True)))
+    return TokenStatistics(*(jnp.concatenate(parts, axis=-1) for parts in zip(*groups, strict=True))), shared
 
 
 def reference_loss(reference: Reference, batch: Batch, *, alignment: str, chunk_size: int | None = None) -> Array:
@@ -102,100 +89,44 @@ def reference_loss(reference: Reference, batch: Batch, *, alignment: str, chunk_
     `next_token`: of target x[s+1+k] given its own prefix x[<= s+k]; `same_prefix`: given x[<= s], from the reference's
     own head k.
     """
-    model = merge(reference.definition, jax.lax.stop_gradient(reference.parameters))
     num_heads = batch["targets"].shape[-1]
     if alignment == "same_prefix":
+        model = merge(reference.definition, jax.lax.stop_gradient(reference.parameters))
         return jax.lax.stop_gradient(head_statistics(model, batch, chunk_size=chunk_size).loss)
+    return weighting.align_to_heads(reference_token_loss(reference, batch, chunk_size=chunk_size), num_heads=num_heads)
+
+
+def reference_token_loss(reference: Reference, batch: Batch, *, chunk_size: int | None = None) -> Array:
+    """The reference's next-token loss by token, `[B, S]`, without gradient: entry t is -log P(x[t] | x[<t]), 0 at a segment's
+    first token."""
+    model = merge(reference.definition, jax.lax.stop_gradient(reference.parameters))
     next_token = {**batch, "targets": batch["targets"][..., :1]}
     loss = head_statistics(model, next_token, chunk_size=chunk_size).loss[..., 0]
-    # Entry t is about token x[t]: the loss made at t - 1, and 0 where x[t] begins a segment.
+    # The loss of token x[t] is made at t - 1.
     by_token = jnp.where(batch["positions"][:, 1:] > 0, loss[:, :-1], 0.0)
-    by_token = jnp.pad(by_token, ((0, 0), (1, 0)))
-    return jax.lax.stop_gradient(weighting.align_to_heads(by_token, num_heads=num_heads))
+    return jax.lax.stop_gradient(jnp.pad(by_token, ((0, 0), (1, 0))))
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def needs_reference(settings: Weighting) -> bool:
-    """Whether the weights depend on a reference model's losses."""
-    return settings.algorithm in ("rho1-weighted", "rho1-tokenskip")
-
-
-def is_local(settings: Weighting) -> bool:
-    """Whether a row's weights depend on that row alone, so that micro-batches can be weighted one by one."""
-    if settings.permute:
-        return False
-    if settings.algorithm == "baseline-mtp" or settings.form == "softmax_over_heads":
-        return True
-    return settings.scope in ("position", "sequence")
-
-
-def _weights_from_score(score: Array, mask: Array, settings: Weighting, *, default: str) -> Array:
-    form = default if settings.form == "default" else settings.form
-    match form:
-        case "exponential":
-            return weighting.exponential(
-                score,
-                mask,
-                temperature=settings.temperature,
-                low=settings.low,
-                high=settings.high,
-                scope=settings.scope,
-            )
-        case "top_fraction":
-            return weighting.top_fraction(score, mask, fraction=settings.fraction, scope=settings.scope)
-        case "softmax_over_heads":
-            return weighting.softmax_over_heads(score, mask, temperature=settings.softmax_temperature)
-    raise ValueError(f"form {form!r}: must be exponential, top_fraction or softmax_over_heads")
-
-
-def token_weights(
-    settings: Weighting, statistics: TokenStatistics, mask: Array, *, reference_loss: Array | None = None
-) -> Array:
-    """What every (position, head) term of the loss is worth, `[B, S, H]`: masked mean 1 in its scope, no gradient."""
-    loss = statistics.loss
-    match settings.algorithm:
-        case "baseline-mtp":
-            return weighting.uniform(mask)
-        case "rho1-weighted" | "rho1-tokenskip":
-            score = weighting.excess_loss(loss, reference_loss, signed=settings.signed, threshold=settings.threshold)
-            default = "exponential" if settings.algorithm == "rho1-weighted" else "top_fraction"
-            return _weights_from_score(score, mask, settings, default=default)
-        case "gradient":
-            score = weighting.logit_gradient_norm(jnp.exp(-loss), statistics.squared_probability_sum)
-            return _weights_from_score(score, mask, settings, default="exponential")
-        case "confidence":
-            return weighting.confidence(loss, mask, scope=settings.scope)
-        case "focal":
-            return weighting.focal(loss, mask, gamma=settings.gamma, scope=settings.scope)
-        case "entropy":
-            return weighting.entropy(statistics.entropy, mask, scope=settings.scope)
-        case "head-decay":
-            # Within one head it would be uniform, so the widest scope that holds several heads stands for `head`.
-            scope = "batch" if settings.scope == "head" else settings.scope
-            return weighting.head_decay(mask, decay=settings.decay, scope=scope)
-        case "hybrid":
-            members = [
-                token_weights(dataclasses.replace(settings, algorithm=member), statistics, mask)
-                for member in settings.members
-            ]
-            # As above: mean one in every head would undo a member that moves weight between heads.
-            scope = "batch" if settings.scope == "head" and "head-decay" in settings.members else settings.scope
-            return weighting.combine(jnp.stack(members), mask, coefficients=settings.coefficients, scope=scope)
-    raise ValueError(f"algorithm {settings.algorithm!r}: has no weights here")
+token_weights = functools.partial(algorithms.token_weights, jnp, weighting)
 
 
 def _batch_weights(
     settings: Weighting,
+    critic: Critic | None,
     statistics: TokenStatistics,
     batch: Batch,
     step: Array,
     seed: int,
     reference_loss: Array | None,
+    values: Array | None,
 ) -> Array:
-    mask = batch["mask"]
-    weights = token_weights(settings, statistics, mask, reference_loss=reference_loss)
+    mask, score = batch["mask"], None
+    if settings.needs_values:
+        score = token_score(values, batch["rewards"], batch["segment_ids"], critic=critic)
+    weights = token_weights(settings, statistics, mask, reference_loss=reference_loss, token_score=score)
     if settings.permute:
         noise = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), mask.shape)
         weights = weighting.permute(weights, mask, noise)
@@ -204,25 +135,7 @@ def _batch_weights(
     return jax.lax.stop_gradient(weights)
 
 
-# ---- the update ----------------------------------------------------------------------------------------------------
-
-
-class StepMetrics(NamedTuple):
-    """Scalars of one update (float32; `ce_head [H]`), `finite` a bool: whether the update was made."""
-
-    loss: Array
-    ce_head: Array
-    weight_entropy: Array
-    effective_sample_fraction: Array
-    grad_norm: Array
-    finite: Array
-
-
-def masked_head_means(loss: Array, mask: Array) -> Array:
-    """Unweighted mean of `loss [..., S, H]` over the valid entries of every head, `[H]`; 0 for a head without any."""
-    axes = tuple(range(mask.ndim - 1))
-    counts = mask.sum(axis=axes).astype(loss.dtype)
-    return jnp.where(mask, loss, 0.0).sum(axis=axes) / jnp.maximum(counts, 1.0)
+# ---- loss and gradients --------------------------------------------------------------------------------------------
 
 
 def loss_and_gradients(
@@ -231,13 +144,14 @@ def loss_and_gradients(
     *,
     definition: nnx.GraphDef,
     settings: Weighting,
+    critic: Critic | None = None,
     reference: Reference | None = None,
     step: Array | int = 0,
     seed: int = 0,
     accumulation: int = 1,
     chunk_size: int | None = None,
-) -> tuple[Array, Parameters, Array, Array]:
-    """The weighted loss of a batch, its gradient, and the losses and weights that went into it.
+) -> WeightedLoss:
+    """The weighted loss of a batch and its gradient.
 
     With `accumulation` A > 1 the rows go through in A parts; loss and gradient are those of the whole batch up to
     rounding. Weights of batch or head scope then cost one more forward pass, which collects the statistics first.
@@ -247,67 +161,94 @@ def loss_and_gradients(
       batch: see `Batch`; B a multiple of `accumulation`.
       definition: the model's structure.
       settings: which weights.
+      critic: how the model's value head learns beside the heads, and what its values say; None: there is none.
       reference: the reference model, where the algorithm needs one and the batch holds no stored losses.
       step: completed updates.
       seed: of the random permutation (`settings.permute`).
       accumulation: parts.
       chunk_size: tokens whose logits are held at once; None leaves it to the loss.
-
-    Returns:
-      loss (scalar), gradients (a tree like `parameters`), per-entry losses and weights (each `[B, S, H]`).
     """
     # With padding, heads and parts have different numbers of valid entries: one global denominator keeps the mean a mean.
     denominator = batch["mask"].sum().astype(jnp.float32)
+    value_denominator = batch["rewarded"].sum().astype(jnp.float32) if critic else None
 
-    def weigh(statistics: TokenStatistics, part: Batch, part_reference: Array | None) -> Array:
-        return _batch_weights(settings, statistics, part, step, seed, part_reference)
+    def weigh(statistics: TokenStatistics, part: Batch, part_reference: Array | None, values: Array | None) -> Array:
+        return _batch_weights(settings, critic, statistics, part, step, seed, part_reference, values)
 
     def reference_of(part: Batch) -> Array | None:
-        if not needs_reference(settings):
+        if not settings.needs_reference:
             return None
         if "reference_loss" in part:
             return weighting.align_to_heads(part["reference_loss"], num_heads=part["mask"].shape[-1])
         return reference_loss(reference, part, alignment=settings.alignment, chunk_size=chunk_size)
 
-    def objective(parameters: Parameters, part: Batch, given: Array | None) -> tuple[Array, tuple[Array, Array]]:
-        statistics = head_statistics(merge(definition, parameters), part, chunk_size=chunk_size)
-        weights = weigh(statistics, part, reference_of(part)) if given is None else given
+    def forward(parameters: Parameters, part: Batch) -> tuple[TokenStatistics, Array | None]:
+        model = merge(definition, parameters)
+        statistics, shared = _statistics_and_states(model, part, chunk_size=chunk_size)
+        return statistics, token_values(model, shared, train_trunk=critic.train_trunk) if critic else None
+
+    def objective(parameters: Parameters, part: Batch, given: Array | None) -> tuple[Array, tuple[tuple, tuple]]:
+        statistics, values = forward(parameters, part)
+        weights = weigh(statistics, part, reference_of(part), values) if given is None else given
         loss = weighted_mean(statistics.loss, weights, part["mask"], denominator=denominator)
-        return loss, (jax.lax.stop_gradient(statistics.loss), weights)
+        of_values = jnp.zeros_like(loss)
+        if critic:
+            of_values = value_loss(
+                values, part["rewards"], part["rewarded"], part["segment_ids"],
+                critic=critic, denominator=value_denominator,
+            )  # fmt: skip
+        total = loss + (critic.coefficient if critic else 0.0) * of_values
+        return total, ((loss, of_values), (jax.lax.stop_gradient(statistics.loss), weights))
 
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
     if accumulation == 1:
-        (loss, (losses, weights)), gradients = value_and_grad(parameters, batch, None)
-        return loss, gradients, losses, weights
+        (_, (sums, entries)), gradients = value_and_grad(parameters, batch, None)
+        return WeightedLoss(*sums, gradients, *entries)
 
-    # Row r goes to part r % A: rows that lie on one device stay there when the batch is sharded.
-    def parts(x: Array) -> Array:
-        return x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:]).swapaxes(0, 1)
+    batches, whole = _parts(batch, accumulation)
+    given = None
+    if not settings.is_local:
+
+        def collect(_: None, part: Batch) -> tuple[None, tuple[TokenStatistics, Array | None, Array | None]]:
+            statistics, values = forward(parameters, part)
+            return None, jax.lax.stop_gradient((statistics, reference_of(part), values))
+
+        _, collected = jax.lax.scan(collect, None, batches)
+        statistics, references, values = jax.tree.map(whole, collected)
+        given = _parts(weigh(statistics, batch, references, values), accumulation)[0]
+
+    def add(carry: tuple, scanned: tuple[Batch, Array | None]) -> tuple[tuple, tuple]:
+        part, part_weights = scanned
+        (_, (sums, entries)), gradients = value_and_grad(parameters, part, part_weights)
+        return jax.tree.map(jnp.add, carry, (sums, gradients)), entries
+
+    zero = jnp.zeros((), jnp.float32)
+    start = ((zero, zero), jax.tree.map(jnp.zeros_like, parameters))
+    (sums, gradients), entries = jax.lax.scan(add, start, (batches, given))
+    return WeightedLoss(*sums, gradients, *jax.tree.map(whole, entries))
+
+
+def _parts(tree: Any, count: int) -> tuple[Any, Callable[[Array], Array]]:
+    """Arrays `[B, ...]` as `[count, B / count, ...]`, and the way back for one of them."""
+
+    # Row r goes to part r % count: rows that lie on one device stay there when the batch is sharded.
+    def cut(x: Array) -> Array:
+        return x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
 
     def whole(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
-    batches = jax.tree.map(parts, batch)
-    given = None
-    if not is_local(settings):
+    return jax.tree.map(cut, tree), whole
 
-        def collect(_: None, part: Batch) -> tuple[None, tuple[TokenStatistics, Array | None]]:
-            statistics = head_statistics(merge(definition, parameters), part, chunk_size=chunk_size)
-            return None, (jax.lax.stop_gradient(statistics), reference_of(part))
 
-        _, collected = jax.lax.scan(collect, None, batches)
-        statistics, references = jax.tree.map(whole, collected)
-        given = parts(weigh(statistics, batch, references))
+# ---- the update ----------------------------------------------------------------------------------------------------
 
-    def add(carry: tuple[Array, Parameters], scanned: tuple[Batch, Array | None]) -> tuple[Any, Any]:
-        part, part_weights = scanned
-        (loss, entries), gradients = value_and_grad(parameters, part, part_weights)
-        return (carry[0] + loss, jax.tree.map(jnp.add, carry[1], gradients)), entries
 
-    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, parameters))
-    (loss, gradients), entries = jax.lax.scan(add, start, (batches, given))
-    losses, weights = jax.tree.map(whole, entries)
-    return loss, gradients, losses, weights
+def masked_head_means(loss: Array, mask: Array) -> Array:
+    """Unweighted mean of `loss [..., S, H]` over the valid entries of every head, `[H]`; 0 for a head without any."""
+    axes = tuple(range(mask.ndim - 1))
+    counts = mask.sum(axis=axes).astype(loss.dtype)
+    return jnp.where(mask, loss, 0.0).sum(axis=axes) / jnp.maximum(counts, 1.0)
 
 
 def train_step(
@@ -318,6 +259,7 @@ def train_step(
     definition: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     settings: Weighting,
+    critic: Critic | None = None,
     reference_definition: nnx.GraphDef | None = None,
     seed: int = 0,
     accumulation: int = 1,
@@ -325,34 +267,83 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """One update. Where loss or gradient is not finite, parameters and optimizer stay as they were and `finite` is False."""
     reference = None if reference_parameters is None else Reference(reference_definition, reference_parameters)
-    loss, gradients, losses, weights = loss_and_gradients(
+    done = loss_and_gradients(
         state.parameters,
         batch,
         definition=definition,
         settings=settings,
+        critic=critic,
         reference=reference,
         step=state.step,
         seed=seed,
         accumulation=accumulation,
         chunk_size=chunk_size,
     )
-    grad_norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer)
+    metrics = StepMetrics(
+        loss=done.loss,
+        ce_head=masked_head_means(done.losses, batch["mask"]),
+        value_loss=done.value_loss,
+        weight_entropy=weighting.weight_entropy(done.weights, batch["mask"]),
+        effective_sample_fraction=weighting.effective_sample_fraction(done.weights, batch["mask"]),
+        # Of the model alone: a figure that means the same for every algorithm.
+        grad_norm=optax.tree.norm({k: v for k, v in done.gradients.items() if k != "value_head"}),
+        finite=finite,
+    )
+    return state, metrics
+
+
+def value_step(
+    state: TrainState,
+    batch: Batch,
+    trunk_parameters: Parameters,
+    *,
+    definition: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    critic: Critic,
+    accumulation: int = 1,
+) -> tuple[TrainState, ValueMetrics]:
+    """One update of the value head on a frozen model: the critic's first stage. No head makes a logit.
+
+    Args:
+      state: its parameters are `{"value_head": ...}` and nothing else.
+      batch: with `rewards` and `rewarded`; see `Batch`.
+      trunk_parameters: of the model without its value head; they stay as they are.
+      definition: of the model with its value head.
+      optimizer: for `state.parameters`.
+      critic: discount and decay of the returns.
+      accumulation: parts that the rows go through in.
+    """
+    denominator = batch["rewarded"].sum().astype(jnp.float32)
+
+    def objective(parameters: Parameters, part: Batch) -> Array:
+        model = merge(definition, {**trunk_parameters, **parameters})
+        values = token_values(model, shared_states(model, part))
+        return value_loss(
+            values, part["rewards"], part["rewarded"], part["segment_ids"], critic=critic, denominator=denominator
+        )
+
+    def add(carry: tuple[Array, Parameters], part: Batch) -> tuple[tuple[Array, Parameters], None]:
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(objective)(state.parameters, part)), None
+
+    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.parameters))
+    (loss, gradients), _ = jax.lax.scan(add, start, _parts(batch, accumulation)[0])
+    state, finite = _apply(state, loss, gradients, optimizer)
+    return state, ValueMetrics(loss, optax.tree.norm(gradients), finite)
+
+
+def _apply(
+    state: TrainState, loss: Array, gradients: Parameters, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Array]:
+    """The state after an update, or as it was but counted where loss or gradient is not finite, and which of the two."""
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
     updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
     updated = (optax.apply_updates(state.parameters, updates), optimizer_state)
     parameters, optimizer_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), updated, (state.parameters, state.optimizer_state)
     )
-    metrics = StepMetrics(
-        loss=loss,
-        ce_head=masked_head_means(losses, batch["mask"]),
-        weight_entropy=weighting.weight_entropy(weights, batch["mask"]),
-        effective_sample_fraction=weighting.effective_sample_fraction(weights, batch["mask"]),
-        grad_norm=grad_norm,
-        finite=finite,
-    )
     skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-    return TrainState(state.step + 1, skipped, parameters, optimizer_state), metrics
+    return TrainState(state.step + 1, skipped, parameters, optimizer_state), finite
 
 
 def inspect_tokens(
@@ -363,22 +354,26 @@ def inspect_tokens(
     *,
     definition: nnx.GraphDef,
     settings: Weighting,
+    critic: Critic | None = None,
     reference_definition: nnx.GraphDef | None = None,
     seed: int = 0,
     chunk_size: int | None = None,
 ) -> dict[str, Array]:
     """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and, where there is a
-    reference, `reference_loss`, each `[B, S, H]`. The weights are those that an update after `step` would use, in the
-    scopes of this batch; entries behind the mask mean nothing."""
-    statistics = head_statistics(merge(definition, parameters), batch, chunk_size=chunk_size)
+    reference, `reference_loss`, each `[B, S, H]`; with a critic, `value [B, S]`. The weights are those that an update after
+    `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
+    model = merge(definition, parameters)
+    statistics, shared = _statistics_and_states(model, batch, chunk_size=chunk_size)
     entries = {"loss": statistics.loss, "entropy": statistics.entropy}
     if reference_parameters is not None:
         reference = Reference(reference_definition, reference_parameters)
         entries["reference_loss"] = reference_loss(
             reference, batch, alignment=settings.alignment, chunk_size=chunk_size
         )
-    known = entries.get("reference_loss")
-    entries["weight"] = _batch_weights(settings, statistics, batch, jnp.asarray(step), seed, known)
+    if critic:
+        entries["value"] = token_values(model, shared)
+    known, values = entries.get("reference_loss"), entries.get("value")
+    entries["weight"] = _batch_weights(settings, critic, statistics, batch, jnp.asarray(step), seed, known, values)
     return entries
 
 

@@ -33,14 +33,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from numbers import Real
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from wmtp_jax.checks import Scope, check_interval, check_rank, check_same_shape, check_temperature, scope_axes
+
 Array = jax.Array
-Scope = Literal["position", "sequence", "batch", "head"]
 
 
 # ---- alignment -----------------------------------------------------------------------------------------------------
@@ -65,7 +64,7 @@ def align_to_heads(values: Array, *, num_heads: int, fill: float = 0.0) -> Array
     values = jnp.asarray(values)
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, not {num_heads}")
-    _check_rank("values", values, 1, "[..., S]")
+    check_rank("values", values, 1, "[..., S]")
     length = values.shape[-1]
     padding = [(0, 0)] * (values.ndim - 1) + [(0, num_heads)]
     padded = jnp.pad(values, padding, constant_values=fill)
@@ -94,8 +93,8 @@ def excess_loss(loss: Array, reference_loss: Array, *, signed: bool = True, thre
       ValueError: shapes that differ, or a negative threshold.
     """
     loss, reference_loss = _as_float(loss), _as_float(reference_loss)
-    _check_same_shape(loss=loss, reference_loss=reference_loss)
-    _check_interval(0.0, math.inf, threshold=threshold)
+    check_same_shape(loss=loss, reference_loss=reference_loss)
+    check_interval(0.0, math.inf, threshold=threshold)
     difference = loss - reference_loss
     if not signed:
         # Not abs, whose derivative at a NaN behind a mask is NaN.
@@ -120,7 +119,7 @@ def value_change(values: Array, segment_ids: Array, *, discount: float) -> Array
       ValueError: shapes that differ, or a discount outside [0, 1].
     """
     values = _in_segments(values, segment_ids)
-    _check_interval(0.0, 1.0, discount=discount)
+    check_interval(0.0, 1.0, discount=discount)
     return values - discount * _previous(values, segment_ids)
 
 
@@ -142,7 +141,7 @@ def td_error(rewards: Array, values: Array, segment_ids: Array, *, discount: flo
       ValueError: shapes that differ, or a discount outside [0, 1].
     """
     rewards, values = _in_segments(rewards, segment_ids), _in_segments(values, segment_ids)
-    _check_interval(0.0, 1.0, discount=discount)
+    check_interval(0.0, 1.0, discount=discount)
     return rewards + discount * _next(values, segment_ids) - values
 
 
@@ -167,7 +166,7 @@ def generalized_advantage(rewards: Array, values: Array, segment_ids: Array, *, 
       ValueError: shapes that differ, or a discount or decay outside [0, 1].
     """
     error = td_error(rewards, values, segment_ids, discount=discount)
-    _check_interval(0.0, 1.0, decay=decay)
+    check_interval(0.0, 1.0, decay=decay)
     carry = discount * decay * _next(jnp.ones_like(error), segment_ids)
 
     # Pairs (c, a) stand for the map A -> a + c A. Composing them takes log S parallel steps on an accelerator, where a
@@ -213,8 +212,8 @@ def group_advantage(rewards: Array, *, epsilon: float = 1e-6) -> Array:
       ValueError: a negative epsilon, or no axis G.
     """
     rewards = _as_float(rewards)
-    _check_rank("rewards", rewards, 1, "[..., G]")
-    _check_interval(0.0, math.inf, epsilon=epsilon)
+    check_rank("rewards", rewards, 1, "[..., G]")
+    check_interval(0.0, math.inf, epsilon=epsilon)
     lowest = jnp.min(rewards, axis=-1, keepdims=True)
     equal = jnp.max(rewards, axis=-1, keepdims=True) == lowest
     # Distances from the lowest keep their digits where the rewards share a large offset, and are exactly 0 where all are equal.
@@ -241,7 +240,7 @@ def logit_gradient_norm(target_probability: Array, squared_probability_sum: Arra
       ValueError: shapes that differ.
     """
     probability, squared_sum = _as_float(target_probability), _as_float(squared_probability_sum)
-    _check_same_shape(target_probability=probability, squared_probability_sum=squared_sum)
+    check_same_shape(target_probability=probability, squared_probability_sum=squared_sum)
     # In this order both differences are exact near p_y = 1, so that the cancellation adds no error of its own.
     return _safe_sqrt(jnp.maximum((squared_sum - probability) + (1.0 - probability), 0.0))
 
@@ -281,8 +280,8 @@ def softmax_over_heads(scores: Array, mask: Array, *, temperature: float) -> Arr
       ValueError: shapes that differ, or a temperature that is not positive.
     """
     scores, mask = _masked(scores, mask)
-    _check_temperature(temperature)
-    return _mean_one_exp(scores / temperature, mask, _scope_axes("position", mask.ndim))
+    check_temperature(temperature)
+    return _mean_one_exp(scores / temperature, mask, scope_axes("position", mask.ndim))
 
 
 def exponential(scores: Array, mask: Array, *, temperature: float, low: float, high: float, scope: Scope) -> Array:
@@ -306,9 +305,9 @@ def exponential(scores: Array, mask: Array, *, temperature: float, low: float, h
       ValueError: shapes that differ, an unknown scope, a temperature that is not positive, or not 0 <= low <= high.
     """
     scores, mask = _masked(scores, mask)
-    axes = _scope_axes(scope, mask.ndim)
-    _check_temperature(temperature)
-    _check_interval(0.0, math.inf, low=low, high=high)
+    axes = scope_axes(scope, mask.ndim)
+    check_temperature(temperature)
+    check_interval(0.0, math.inf, low=low, high=high)
     if low > high:
         raise ValueError(f"low must not exceed high, but {low} > {high}")
     # Clipping the exponent instead of the exponential: an outlier's score can't overflow.
@@ -337,8 +336,8 @@ def top_fraction(scores: Array, mask: Array, *, fraction: float, scope: Scope) -
       ValueError: shapes that differ, an unknown scope, or a fraction outside [0, 1].
     """
     scores, mask = _masked(scores, mask)
-    axes = _scope_axes(scope, mask.ndim)
-    _check_interval(0.0, 1.0, fraction=fraction)
+    axes = scope_axes(scope, mask.ndim)
+    check_interval(0.0, 1.0, fraction=fraction)
     thousandths = round(fraction * 1000)
     valid = _count(mask, axes)
     keep = thousandths * (valid // 1000) + (thousandths * (valid % 1000) + 999) // 1000
@@ -387,7 +386,7 @@ def confidence(loss: Array, mask: Array, *, scope: Scope) -> Array:
       ValueError: shapes that differ, or an unknown scope.
     """
     loss, mask = _masked(loss, mask)
-    return _mean_one_exp(-loss, mask, _scope_axes(scope, mask.ndim))
+    return _mean_one_exp(-loss, mask, scope_axes(scope, mask.ndim))
 
 
 def focal(loss: Array, mask: Array, *, gamma: float, scope: Scope) -> Array:
@@ -409,8 +408,8 @@ def focal(loss: Array, mask: Array, *, gamma: float, scope: Scope) -> Array:
       ValueError: shapes that differ, an unknown scope, or a negative gamma.
     """
     loss, mask = _masked(loss, mask)
-    axes = _scope_axes(scope, mask.ndim)
-    _check_interval(0.0, math.inf, gamma=gamma)
+    axes = scope_axes(scope, mask.ndim)
+    check_interval(0.0, math.inf, gamma=gamma)
     # Rounding can leave a loss just below 0, and a negative base has no power.
     missing = -jnp.expm1(-jnp.maximum(loss, 0.0))
     return _mean_one(missing**gamma, mask, axes)
@@ -453,7 +452,7 @@ def head_decay(mask: Array, *, decay: float, scope: Scope) -> Array:
       ValueError: fewer than two axes, an unknown scope, or a negative decay.
     """
     ones = uniform(mask)
-    _check_interval(0.0, math.inf, decay=decay)
+    check_interval(0.0, math.inf, decay=decay)
     heads = jnp.arange(ones.shape[-1], dtype=ones.dtype)
     return normalize(ones * decay**heads, mask, scope=scope)
 
@@ -481,7 +480,7 @@ def combine(weights: Array, mask: Array, *, coefficients: Sequence[float], scope
             f"weights {tuple(weights.shape)} must be [n, ..., S, H] for a mask {tuple(mask.shape)} and n = {len(coefficients)}"
             " coefficients"
         )
-    _check_interval(0.0, math.inf, **{f"coefficients[{i}]": c for i, c in enumerate(coefficients)})
+    check_interval(0.0, math.inf, **{f"coefficients[{i}]": c for i, c in enumerate(coefficients)})
     total = sum(coefficients)
     if total == 0:
         raise ValueError("coefficients must not all be 0")
@@ -533,7 +532,7 @@ def normalize(weights: Array, mask: Array, *, scope: Scope) -> Array:
       ValueError: shapes that differ, or an unknown scope.
     """
     weights, mask = _masked(weights, mask)
-    return _mean_one(jnp.maximum(weights, 0.0), mask, _scope_axes(scope, mask.ndim))
+    return _mean_one(jnp.maximum(weights, 0.0), mask, scope_axes(scope, mask.ndim))
 
 
 # ---- diagnostics ---------------------------------------------------------------------------------------------------
@@ -555,7 +554,7 @@ def effective_sample_fraction(weights: Array, mask: Array) -> Array:
       ValueError: shapes that differ.
     """
     weights, mask = _masked(weights, mask)
-    axes = _scope_axes("batch", mask.ndim)
+    axes = scope_axes("batch", mask.ndim)
     total, squares = jnp.sum(weights, axis=axes), jnp.sum(weights**2, axis=axes)
     none = squares == 0
     return jnp.where(none, 0.0, total**2 / jnp.where(none, 1.0, jnp.sum(mask) * squares))
@@ -598,24 +597,10 @@ def _as_float(x: Array) -> Array:
 def _masked(values: Array, mask: Array) -> tuple[Array, Array]:
     """Float values without gradient, 0 behind the mask whatever was there, and the mask as bool; both `[..., S, H]`."""
     values, mask = _as_float(values), jnp.asarray(mask)
-    _check_same_shape(mask=mask, values=values)
-    _check_rank("mask", mask, 2, "[..., S, H]")
+    check_same_shape(mask=mask, values=values)
+    check_rank("mask", mask, 2, "[..., S, H]")
     mask = mask != 0
     return jnp.where(mask, jax.lax.stop_gradient(values), 0.0), mask
-
-
-def _scope_axes(scope: Scope, ndim: int) -> tuple[int, ...]:
-    """Axes of a `[..., S, H]` array that one scope spans."""
-    match scope:
-        case "position":
-            return (ndim - 1,)
-        case "sequence":
-            return (ndim - 2, ndim - 1)
-        case "batch":
-            return tuple(range(ndim))
-        case "head":
-            return tuple(range(ndim - 1))
-    raise ValueError(f"scope must be position, sequence, batch or head, not {scope!r}")
 
 
 def _count(where: Array, axes: tuple[int, ...]) -> Array:
@@ -675,8 +660,8 @@ def _largest(holds: Callable[[Array], Array], start: Array, *, num_bits: int) ->
 def _in_segments(values: Array, segment_ids: Array) -> Array:
     """Float values `[..., S]`, 0 in padding whatever was there."""
     values, segment_ids = _as_float(values), jnp.asarray(segment_ids)
-    _check_same_shape(segment_ids=segment_ids, values=values)
-    _check_rank("segment_ids", segment_ids, 1, "[..., S]")
+    check_same_shape(segment_ids=segment_ids, values=values)
+    check_rank("segment_ids", segment_ids, 1, "[..., S]")
     return jnp.where(segment_ids != 0, values, 0.0)
 
 
@@ -706,26 +691,3 @@ def _safe_sqrt(x: Array) -> Array:
 
 def _log(x: float) -> float:
     return math.log(x) if x > 0 else -math.inf
-
-
-def _check_rank(name: str, x: Array, rank: int, shape: str) -> None:
-    if x.ndim < rank:
-        raise ValueError(f"{name} must be {shape}, not {tuple(x.shape)}")
-
-
-def _check_same_shape(**arrays: Array) -> None:
-    if len({tuple(x.shape) for x in arrays.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in arrays.items())
-        raise ValueError(f"shapes must be equal: {shapes}")
-
-
-def _check_interval(low: float, high: float, /, **hyperparameters: float) -> None:
-    """Checks plain numbers; a traced hyperparameter (a schedule, say) has no value yet."""
-    for name, value in hyperparameters.items():
-        if isinstance(value, Real) and not low <= value <= high:
-            raise ValueError(f"{name} must lie in [{low}, {high}], not {value}")
-
-
-def _check_temperature(temperature: float) -> None:
-    if isinstance(temperature, Real) and not temperature > 0:
-        raise ValueError(f"temperature must be positive, not {temperature}")

@@ -2,8 +2,9 @@
 
 Command:  python experiments/speed/weighting.py [--pairs 7] [--rows 8] [--length 512] [--width 128] [--layers 2]
 
-The reference's forward pass is left aside: its losses come with the batch, as stored ones do. Prints, for each algorithm,
-the median over pairs of (its step / the baseline's step right before it).
+The reference's forward pass is left aside: its losses come with the batch, as stored ones do. The critic's step holds its value
+head, forward and backward, the recurrences and the weights. Prints, for each algorithm, the median over pairs of (its step / the
+baseline's step right before it).
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from wmtp_jax.data.targets import positions, shift_targets
-from wmtp_jax.model import Model, ModelSettings
-from wmtp_jax.train_step import Weighting, initial_state, split, train_step
+from wmtp_jax.model import ModelSettings, initial_parameters
+from wmtp_jax.settings import Critic, Weighting
+from wmtp_jax.train_step import initial_state, train_step
 
 ALGORITHMS = {
     "rho1-tokenskip": Weighting(algorithm="rho1-tokenskip"),
     "rho1-weighted": Weighting(algorithm="rho1-weighted"),
     "rho1-weighted, softmax over heads": Weighting(algorithm="rho1-weighted", form="softmax_over_heads"),
+    "critic-wmtp": Weighting(algorithm="critic-wmtp"),
+    "critic-wmtp, advantage": Weighting(algorithm="critic-wmtp"),
     "confidence": Weighting(algorithm="confidence"),
     "focal": Weighting(algorithm="focal"),
     "entropy": Weighting(algorithm="entropy"),
@@ -40,6 +43,7 @@ def main() -> None:
     for name, default in (("pairs", 7), ("rows", 8), ("length", 512), ("width", 128), ("layers", 2), ("heads", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--only", default="", help="algorithms whose name begins so")
     arguments = parser.parse_args()
     settings = ModelSettings(
         vocabulary_size=arguments.vocabulary, width=arguments.width, layers=arguments.layers,
@@ -47,7 +51,6 @@ def main() -> None:
         mlp_width=arguments.width * 11 // 4, max_positions=arguments.length, num_heads=arguments.heads,
         head_kind="linear",
     )  # fmt: skip
-    definition, parameters = split(Model(settings, rngs=nnx.Rngs(0)))
     random = np.random.default_rng(0)
     tokens = random.integers(0, arguments.vocabulary, (arguments.rows, arguments.length), dtype=np.int32)
     segments = np.ones_like(tokens)
@@ -55,20 +58,25 @@ def main() -> None:
     batch = {
         "tokens": tokens, "segment_ids": segments, "positions": positions(segments), "targets": targets, "mask": mask,
         "reference_loss": random.exponential(3.0, tokens.shape).astype(np.float32),
+        "rewards": np.where(np.arange(arguments.length) == arguments.length - 1, random.normal(size=tokens.shape), 0.0),
+        "rewarded": segments > 0,
     }  # fmt: skip
+    batch["rewards"] = batch["rewards"].astype(np.float32)
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     optimizer = optax.adamw(1e-3)
-    state = initial_state(parameters, optimizer)
 
-    def compiled(weighting: Weighting):
-        step = functools.partial(train_step, definition=definition, optimizer=optimizer, settings=weighting)
-        step = jax.jit(step)
-        jax.block_until_ready(step(state, batch, None))
+    def compiled(weighting: Weighting, critic: Critic | None = None):
+        definition, parameters = initial_parameters(settings, 0, value_head=critic is not None)
+        step = functools.partial(
+            train_step, definition=definition, optimizer=optimizer, settings=weighting, critic=critic
+        )
+        step = functools.partial(jax.jit(step), initial_state(parameters, optimizer), batch, None)
+        jax.block_until_ready(step())
         return step
 
     def seconds(step) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(step(state, batch, None))
+        jax.block_until_ready(step())
         return time.perf_counter() - start
 
     baseline = compiled(Weighting())
@@ -76,7 +84,10 @@ def main() -> None:
           f"{arguments.layers} layers, vocabulary {arguments.vocabulary}, {jax.devices()[0].device_kind}")  # fmt: skip
     print(f"{'algorithm':<36}{'baseline, ms':>14}{'median ratio':>14}{'lowest':>9}{'highest':>9}")
     for name, weighting in ALGORITHMS.items():
-        step = compiled(weighting)
+        if not name.startswith(arguments.only):
+            continue
+        score = "advantage" if name.endswith("advantage") else "value_change"
+        step = compiled(weighting, Critic(score=score) if weighting.needs_values else None)
         pairs = [(seconds(baseline), seconds(step)) for _ in range(arguments.pairs)]
         ratios = [own / base for base, own in pairs]
         middle = 1000 * statistics.median(base for base, _ in pairs)

@@ -16,6 +16,8 @@ RECURRENCE_TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 
 # (function, backend, type) -> the largest deviation seen and its tolerance; conftest.py prints it.
 DEVIATIONS: dict[tuple[str, str, str], tuple[float, float]] = {}
+# The same for what torch and JAX are compared in directly, by a label.
+DIFFERENCES: dict[str, tuple[float, float]] = {}
 
 
 class JaxBackend:
@@ -117,3 +119,12 @@ def check(function, backend, dtype, actual, expected, *, scale=None, tolerance=N
     key = (function, backend.name, dtype)
     DEVIATIONS[key] = (np.fmax(deviation, DEVIATIONS.get(key, (0.0, 0.0))[0]), tolerance)
     assert deviation <= tolerance, f"{function}: {deviation:.2e} > {tolerance:.0e}\n{actual}\n{expected}"
+
+
+def check_equal(label, torch_array, jax_array, *, tolerance):
+    """Asserts that both backends computed the same, relative to the largest entry of JAX's array, and notes how nearly."""
+    assert torch_array.dtype == jax_array.dtype == np.float32
+    assert torch_array.shape == jax_array.shape
+    difference = np.abs(torch_array.astype(np.float64) - jax_array).max() / np.abs(jax_array).max()
+    DIFFERENCES[label] = (np.fmax(difference, DIFFERENCES.get(label, (0.0, 0.0))[0]), tolerance)
+    assert difference <= tolerance, f"{label}: {difference:.2e} > {tolerance:.0e}"

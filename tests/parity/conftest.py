@@ -1,13 +1,20 @@
-"""Prints how close both backends came to the float64 reference."""
+"""Prints how close both backends came to the float64 reference, and to each other."""
 
 from __future__ import annotations
 
-from backends import DEVIATIONS
+from backends import DEVIATIONS, DIFFERENCES
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not DEVIATIONS:
-        return
+    if DEVIATIONS:
+        _write_deviations(terminalreporter)
+    if DIFFERENCES:
+        terminalreporter.section("largest difference between torch and JAX (tolerance)")
+        for label, (difference, tolerance) in DIFFERENCES.items():
+            terminalreporter.write_line(f"{label:<40}{f'{difference:.1e} ({tolerance:.0e})':>22}")
+
+
+def _write_deviations(terminalreporter):
     columns = sorted({key[1:] for key in DEVIATIONS})
     functions = list(dict.fromkeys(key[0] for key in DEVIATIONS))
     terminalreporter.section("largest deviation from the float64 reference (tolerance)")

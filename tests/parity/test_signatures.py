@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-MODULES = ["weighting", "losses"]
+MODULES = ["weighting", "losses", "critic"]
 
 
 def public(package, module_name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -57,11 +57,11 @@ class Bigram:
     Witten-Bell, Dirichlet and absolute discounting over plain frequencies. Memory grows with distinct pairs, not V².
     """
 
-    def __init__(self, rows: Iterable[tuple[np.ndarray, np.ndarray]], *, vocabulary_size: int, head: int = 0):
+    def __init__(self, rows: Iterable[Mapping[str, np.ndarray]], *, vocabulary_size: int, head: int = 0):
         """Counts pairs of a token and its target, within segments.
 
         Args:
-          rows: blocks of tokens and segment_ids, int `[n, S]` each.
+          rows: blocks of columns, `[n, S]` each: tokens, segment_ids, and perhaps the loss_mask of tokens that may be targets.
           vocabulary_size: V.
           head: k; the target of x[s] is x[s + 1 + k].
 
@@ -109,13 +109,14 @@ class Bigram:
 
 
 def _count_pairs(
-    rows: Iterable[tuple[np.ndarray, np.ndarray]], vocabulary_size: int, head: int
+    rows: Iterable[Mapping[str, np.ndarray]], vocabulary_size: int, head: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distinct pairs `x V + y`, sorted, and how often each occurs, int64 both."""
     pairs, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     waiting: list[np.ndarray] = []
-    for tokens, segment_ids in rows:
-        targets, mask = shift_targets(tokens, segment_ids, num_heads=head + 1)
+    for columns in rows:
+        tokens, loss_mask = columns["tokens"], columns["loss_mask"] if "loss_mask" in columns else None
+        targets, mask = shift_targets(tokens, columns["segment_ids"], num_heads=head + 1, loss_mask=loss_mask)
         target, counted = targets[..., head], mask[..., head]
         waiting.append(tokens[counted].astype(np.int64) * vocabulary_size + target[counted])
         if sum(map(len, waiting)) >= _PAIRS_AT_ONCE:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from wmtp_jax.data import cache, packing
-from wmtp_jax.data.scan import DROPPED, SPLITS, Scan, digest_of, read_documents, scan
-from wmtp_jax.data.sources import Document, Source, open_source
-from wmtp_jax.data.tokenizer import MIN_BPE_VOCABULARY, Tokenizer, load_tokenizer, train_bpe
+from wmtp_jax.data.chat import Chat
+from wmtp_jax.data.documents import FIELDS, Document, digest_of
+from wmtp_jax.data.scan import DROPPED, SPLITS, Scan, read_documents, scan
+from wmtp_jax.data.sources import Source, open_source
+from wmtp_jax.data.tokenizer import MIN_BPE_VOCABULARY, Part, Tokenizer, load_tokenizer, train_bpe
 from wmtp_jax.errors import UserError, disk_errors
 
 _log = logging.getLogger(__name__)
@@ -38,6 +41,8 @@ class PackedSource:
       train, validation: the rows of either side.
       counts: `documents`, `tokens` (end-of-text tokens included), `bytes` (UTF-8) and `rows` of either side.
       dropped: documents left out, by reason.
+      labels: of either side, float32 `[N, S]`: 1 for right, 0 for wrong, or any number, on every token of a document, NaN
+        where it has none and in padding; None where no document has one.
     """
 
     name: str
@@ -45,6 +50,7 @@ class PackedSource:
     validation: packing.Rows
     counts: dict[str, dict[str, int]]
     dropped: dict[str, int]
+    labels: dict[str, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,32 @@ class Corpus:
         """Mean UTF-8 bytes of a token, over both sides of all sources, end-of-text tokens included."""
         sides = [counts for source in self.sources for counts in source.counts.values()]
         return sum(side["bytes"] for side in sides) / sum(side["tokens"] for side in sides)
+
+    def with_columns(self, columns: Sequence[Mapping[str, Mapping[str, np.ndarray]]]) -> Corpus:
+        """The same corpus with more columns in its rows.
+
+        Args:
+          columns: for each source, by side and name, `[N, S]` each; the same names throughout.
+
+        Raises:
+          ValueError: a column of another shape than the rows.
+        """
+
+        def longer(rows: packing.Rows, more: Mapping[str, np.ndarray]) -> packing.Rows:
+            for name, column in more.items():
+                if column.shape != rows.columns["tokens"].shape:
+                    raise ValueError(f"{name} has shape {column.shape}, the rows {rows.columns['tokens'].shape}")
+            return packing.Rows(rows.columns | dict(more))
+
+        sources = [
+            replace(
+                source,
+                train=longer(source.train, more["train"]),
+                validation=longer(source.validation, more["validation"]),
+            )
+            for source, more in zip(self.sources, columns, strict=True)
+        ]
+        return replace(self, sources=tuple(sources))
 
     def summary(self) -> dict:
         """What there is to say about the corpus before a run: plain numbers and strings."""
@@ -101,6 +133,8 @@ def load_corpus(
     vocabulary_size: int = 1024,
     validation_fraction: float = 0.03,
     cache_dir: str = "",
+    label_field: str = "passed",
+    failed_in_loss: bool = False,
 ) -> Corpus:
     """The packed rows of the sources: from the cache if their files are as they were, else made, and kept there.
 
@@ -113,35 +147,45 @@ def load_corpus(
       weights: the share of rows from each source, above 0; None or empty: in proportion to their rows.
       tokenizer: "bpe" (trained on a sample of the training side), or what `tokenizer.load_tokenizer` takes.
       vocabulary_size: V of the trained tokenizer; has no say where a tokenizer is named.
-      validation_fraction: the share of documents held out.
+      validation_fraction: the share of documents held out, where a source doesn't say itself which are.
+      label_field: the field of `jsonl:` objects that says whether a text is right (bool) or how good (number).
+      failed_in_loss: tokens of documents with the label False may be targets, too.
       cache_dir: as `cache.cache_directory` takes it.
 
     Raises:
       UserError: whatever the user can put right; nothing half-written is left behind.
     """
-    _check_arguments(sources, sequence_length, weights, tokenizer, vocabulary_size, validation_fraction)
+    _check_arguments(sources, sequence_length, weights, tokenizer, vocabulary_size, validation_fraction, label_field)
     root = cache.cache_directory(cache_dir)
-    opened = [open_source(name) for name in sources]
     named_tokenizer = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
+    chat = Chat(named_tokenizer)
+    opened = [open_source(name, label_field=label_field, chat=chat) for name in sources]
     request = {
         "format": _FORMAT,
         "sources": [[source.name.partition(":")[0], source.location] for source in opened],
         "tokenizer": named_tokenizer.fingerprint if named_tokenizer else f"bpe:{vocabulary_size}",
+        "chat_template": named_tokenizer.chat_template_hash if named_tokenizer else "",
         "sequence_length": sequence_length,
         "validation_fraction": validation_fraction,
+        "label_field": label_field,
+        "failed_in_loss": failed_in_loss,
     }
+    make = functools.partial(
+        _make, opened, root, named_tokenizer, sequence_length=sequence_length, vocabulary_size=vocabulary_size,
+        validation_fraction=validation_fraction, failed_in_loss=failed_in_loss,
+    )  # fmt: skip
     note_path = root / "requests" / f"{_key(request)}.json"
     with disk_errors(root, setting="config.data.cache_dir"):
         note = json.loads(note_path.read_bytes()) if note_path.exists() else None
         if note is None or _files_changed(note, opened) or not (root / "corpora" / note["corpus"]).is_dir():
-            note = _make(opened, root, named_tokenizer, sequence_length, vocabulary_size, validation_fraction, note)
+            note = make(previous=note)
             cache.write_file(note_path, json.dumps(note).encode())
     return _open(opened, root / "corpora" / note["corpus"], note, tuple(weights) if weights else None)
 
 
 def _check_arguments(
     sources: Sequence[str], sequence_length: int, weights: Sequence[float] | None, tokenizer: str, vocabulary_size: int,
-    validation_fraction: float,
+    validation_fraction: float, label_field: str,
 ) -> None:  # fmt: skip
     if not sources or not all(isinstance(name, str) for name in sources):
         raise UserError(f"config.data.sources = {tuple(sources)}: must be names of sources, at least one")
@@ -155,6 +199,8 @@ def _check_arguments(
         raise UserError(f"config.data.validation_fraction = {validation_fraction}: must be between 0 and 1")
     if tokenizer == "bpe" and vocabulary_size < MIN_BPE_VOCABULARY:
         raise UserError(f"config.data.vocabulary_size = {vocabulary_size}: must be at least {MIN_BPE_VOCABULARY}")
+    if label_field in FIELDS:
+        raise UserError(f"config.data.label_field = {label_field!r}: that field of an object has another meaning")
 
 
 def _files_changed(note: dict, sources: list[Source]) -> bool:
@@ -164,8 +210,8 @@ def _files_changed(note: dict, sources: list[Source]) -> bool:
 
 
 def _make(
-    sources: list[Source], root: Path, tokenizer: Tokenizer | None, sequence_length: int, vocabulary_size: int,
-    validation_fraction: float, previous: dict | None,
+    sources: list[Source], root: Path, tokenizer: Tokenizer | None, *, sequence_length: int, vocabulary_size: int,
+    validation_fraction: float, failed_in_loss: bool, previous: dict | None,
 ) -> dict:  # fmt: skip
     """Makes whatever the cache lacks; returns the note that finds it again."""
     root.mkdir(parents=True, exist_ok=True)
@@ -179,6 +225,8 @@ def _make(
         "tokenizer": tokenizer.fingerprint,
         "sequence_length": sequence_length,
     }
+    if failed_in_loss and any(traits.failed for traits in found.traits):
+        key["failed_in_loss"] = True
     files = [
         [[file.name, file.size, file.mtime_ns, content] for file, content in zip(source.files, hashes, strict=True)]
         for source, hashes in zip(sources, found.file_hashes, strict=True)
@@ -188,12 +236,9 @@ def _make(
         _say_what_changed(previous["files"], files)
 
     def build(directory: Path) -> None:
-        counts = [
-            _pack_source(source, number, found, tokenizer, sequence_length, root, directory)
-            for number, source in enumerate(sources)
-        ]
+        manifest = _pack(sources, found, tokenizer, sequence_length, failed_in_loss, scratch=root, directory=directory)
         tokenizer.save(directory / "tokenizer")
-        (directory / "manifest.json").write_text(json.dumps(key | {"counts": counts}, indent=2))
+        (directory / "manifest.json").write_text(json.dumps(key | manifest, indent=2))
 
     cache.make_once(root / "corpora" / note["corpus"], build)
     return note
@@ -202,7 +247,7 @@ def _make(
 def _trained_tokenizer(root: Path, sample: list[str], vocabulary_size: int) -> Tokenizer:
     content = hashlib.sha256()
     for text in sample:
-        content.update(digest_of(text.encode()))
+        content.update(hashlib.blake2b(text.encode(), digest_size=16).digest())
     key = {"format": _FORMAT, "sample": content.hexdigest(), "vocabulary_size": vocabulary_size}
     directory = root / "tokenizers" / _key(key)
 
@@ -218,47 +263,128 @@ def _trained_tokenizer(root: Path, sample: list[str], vocabulary_size: int) -> T
     return load_tokenizer(directory)
 
 
-def _pack_source(
-    source: Source, number: int, found: Scan, tokenizer: Tokenizer, sequence_length: int, scratch: Path, directory: Path
-) -> dict[str, dict[str, int]]:
-    """Tokenises one source and writes its rows; returns counts of either side."""
-    dtype = np.dtype(np.uint16 if tokenizer.vocabulary_size <= 1 << 16 else np.int32)
-    stores = {side: packing.TokenStore(scratch, dtype) for side in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    _log.info("tokenising %s: %d files", source.name, len(source.files))
-    for batch in _kept_documents(source, number, found):
-        encoded = tokenizer.encode_batch([document.text for _, document in batch])
-        ended: dict[str, list[np.ndarray]] = {side: [] for side in SPLITS}
-        for (side, document), ids in zip(batch, encoded, strict=True):
-            ended[side].append(np.append(ids, tokenizer.end_of_text_id))
-            sizes[side] += len(document.text.encode())
-        for side, store in stores.items():
-            store.append(ended[side])
-    counts = {}
-    for side, store in stores.items():
-        rows = -(-store.tokens // sequence_length)
-        packing.write_columns(
-            _column_paths(directory, number, side), packing.pack(store.shuffled(), sequence_length=sequence_length),
-            rows=rows, sequence_length=sequence_length, token_dtype=dtype,
-        )  # fmt: skip
-        counts[side] = {"documents": store.documents, "tokens": store.tokens, "bytes": sizes[side], "rows": rows}
-        store.close()
-    return counts
+def _pack(
+    sources: list[Source], found: Scan, tokenizer: Tokenizer, sequence_length: int, failed_in_loss: bool, *, scratch: Path,
+    directory: Path,
+) -> dict:  # fmt: skip
+    """Writes the rows of all sources; returns what the manifest says about them."""
+    # Batches of one corpus have the same columns, whichever source a row is from.
+    masked = any(traits.parts or (traits.failed and not failed_in_loss) for traits in found.traits)
+    columns = ["tokens", "segment_ids", *(["loss_mask"] if masked else [])]
+    manifest: dict = {"columns": columns, "counts": [], "too_long": [], "labelled": []}
+    too_long: list[int] = []
+    targets = dict.fromkeys(SPLITS, 0)
+    for number, source in enumerate(sources):
+        packer = _Packer(
+            tokenizer, sequence_length, scratch, whole=found.traits[number].parts, failed_in_loss=failed_in_loss
+        )
+        _log.info("tokenising %s: %d files", source.name, len(source.files))
+        for batch in _kept_documents(source, number, found):
+            packer.add(batch)
+        packer.check(source.name)
+        labelled = found.traits[number].labelled
+        written = [*columns, "labels"] if labelled else columns
+        manifest["counts"].append(
+            packer.write(written, lambda side, number=number: _column_paths(directory, number, side))
+        )
+        manifest["too_long"].append(len(packer.too_long))
+        too_long += packer.too_long
+        for side in SPLITS:
+            targets[side] += packer.targets[side]
+        manifest["labelled"].append(labelled)
+    if not any(counts["validation"]["documents"] for counts in manifest["counts"]):
+        raise UserError(_too_long("all documents held out", sequence_length, too_long))
+    for side in SPLITS:
+        if not targets[side]:
+            raise UserError(
+                f"config.data.sources: every document for {side} has the label False, so that there is no target; add right "
+                "ones, or set config.data.failed_in_loss"
+            )
+    return manifest
 
 
-def _kept_documents(source: Source, number: int, found: Scan) -> Iterator[list[tuple[str, Document]]]:
-    """The documents of a source that the scan kept, some megabytes at a time, each with its side."""
+class _Packer:
+    """Tokenises one source's documents and writes their rows."""
+
+    def __init__(self, tokenizer: Tokenizer, sequence_length: int, scratch: Path, *, whole: bool, failed_in_loss: bool):
+        self._tokenizer, self._sequence_length = tokenizer, sequence_length
+        self._whole, self._failed_in_loss = whole, failed_in_loss
+        self._dtypes = packing.column_dtypes(sequence_length=sequence_length, vocabulary_size=tokenizer.vocabulary_size)
+        self._stores = {side: packing.TokenStore(scratch, self._dtypes["tokens"]) for side in SPLITS}
+        self._sizes = dict.fromkeys(SPLITS, 0)
+        self._linked = True
+        self.targets = dict.fromkeys(SPLITS, 0)  # tokens that may be targets
+        self.too_long: list[int] = []  # tokens of each document that is longer than a row
+
+    def add(self, batch: list[tuple[str, bool, Document]]) -> None:
+        """Takes documents, each with its side and whether it is of the same problem as the one before it."""
+        documents = [document for _, _, document in batch]
+        encoded = self._tokenizer.encode_parts(
+            [document.parts or (Part(document.text, True),) for document in documents]
+        )
+        packable: dict[str, list[packing.Packable]] = {side: [] for side in SPLITS}
+        for (side, joined, document), (ids, allowed) in zip(batch, encoded, strict=True):
+            # A chat template may have ended the text itself.
+            if not document.parts or not len(ids) or ids[-1] != self._tokenizer.end_of_text_id:
+                ids = np.append(ids, self._tokenizer.end_of_text_id)
+                allowed = np.append(allowed, document.parts[-1].target if document.parts else True)
+            joined &= self._linked
+            if self._whole and len(ids) > self._sequence_length:
+                self.too_long.append(len(ids))
+                self._linked = joined  # else the next one would join another problem
+                continue
+            self._linked = True
+            if document.label is False and not self._failed_in_loss:
+                allowed = np.zeros_like(allowed)
+            label = np.nan if document.label is None else float(document.label)
+            packable[side].append(packing.Packable(ids, allowed, label, joined))
+            self._sizes[side] += len(document.text.encode())
+            self.targets[side] += int(allowed.sum())
+        for side, store in self._stores.items():
+            store.append(packable[side])
+
+    def check(self, name: str) -> None:
+        """Refuses a source of which nothing is left to train on."""
+        if not self._stores["train"].documents:
+            raise UserError(_too_long(f"all training documents of {name}", self._sequence_length, self.too_long))
+
+    def write(self, columns: list[str], paths_of: Callable[[str], Callable[[str], Path]]) -> dict[str, dict[str, int]]:
+        """Writes the rows of both sides; returns the counts of each."""
+        counts = {}
+        for side, store in self._stores.items():
+            rows = packing.write_columns(
+                paths_of(side),
+                packing.pack(store.shuffled(), sequence_length=self._sequence_length, whole=self._whole),
+                dtypes={name: self._dtypes[name] for name in columns}, sequence_length=self._sequence_length,
+            )  # fmt: skip
+            size = self._sizes[side]
+            counts[side] = {"documents": store.documents, "tokens": store.tokens, "bytes": size, "rows": rows}
+            store.close()
+        return counts
+
+
+def _too_long(what: str, sequence_length: int, sizes: list[int]) -> str:
+    return (
+        f"config.data.sequence_length = {sequence_length}: {what} are longer than a row (prompts and completions are not "
+        f"cut); the shortest of them has {min(sizes)} tokens"
+    )
+
+
+def _kept_documents(source: Source, number: int, found: Scan) -> Iterator[list[tuple[str, bool, Document]]]:
+    """The documents of a source that the scan kept, some megabytes at a time, as `_Packer.add` takes them."""
     record = int(np.searchsorted(found.records["source"], number))
     end = int(np.searchsorted(found.records["source"], number, side="right"))
-    batch: list[tuple[str, Document]] = []
+    batch: list[tuple[str, bool, Document]] = []
     held = 0
+    joined = True
     for document in read_documents(source, dict.fromkeys(DROPPED, 0), lambda content: None):
-        digest = digest_of(document.text.encode())
-        if record == end or digest != found.records[record].tobytes()[:16]:
+        if record == end or digest_of(document) != found.records[record].tobytes()[:16]:
             raise UserError(f"{source.name}: a file changed while it was being read; start again")
+        joined &= bool(found.records[record]["joined"])
         if found.keep[record]:
-            batch.append((SPLITS[int(found.records[record]["validation"])], document))
+            batch.append((SPLITS[int(found.records[record]["validation"])], joined, document))
             held += len(document.text)
+            joined = True
         record += 1
         if held >= _CHARACTERS_AT_ONCE or len(batch) == _DOCUMENTS_AT_ONCE:
             yield batch
@@ -271,18 +397,31 @@ def _kept_documents(source: Source, number: int, found: Scan) -> Iterator[list[t
 def _open(sources: list[Source], directory: Path, note: dict, weights: tuple[float, ...] | None) -> Corpus:
     try:
         manifest = json.loads((directory / "manifest.json").read_bytes())
-        sides = [
-            {side: packing.open_rows(_column_paths(directory, number, side)) for side in SPLITS}
-            for number in range(len(sources))
-        ]
+        if "columns" not in manifest:  # made before there were others
+            plain = {
+                "columns": ["tokens", "segment_ids"],
+                "labelled": [False] * len(sources),
+                "too_long": [0] * len(sources),
+            }
+            manifest |= plain
+        packed = [_open_source(source, number, directory, manifest, note) for number, source in enumerate(sources)]
     except (OSError, ValueError) as error:
         raise UserError(f"{directory}: the cached corpus is damaged ({error}); remove that directory") from error
-    packed = [
-        PackedSource(source.name, rows["train"], rows["validation"], counts, dropped)
-        for source, rows, counts, dropped in zip(sources, sides, manifest["counts"], note["dropped"], strict=True)
-    ]
     tokenizer = load_tokenizer(directory / "tokenizer")
     return Corpus(tuple(packed), weights, tokenizer, manifest["sequence_length"], directory.name, directory)
+
+
+def _open_source(source: Source, number: int, directory: Path, manifest: dict, note: dict) -> PackedSource:
+    paths = {side: _column_paths(directory, number, side) for side in SPLITS}
+    rows = {
+        side: packing.Rows({name: packing.open_column(path_of(name)) for name in manifest["columns"]})
+        for side, path_of in paths.items()
+    }
+    labels = None
+    if manifest["labelled"][number]:
+        labels = {side: packing.open_column(path_of("labels")) for side, path_of in paths.items()}
+    dropped = note["dropped"][number] | {"too_long": manifest["too_long"][number]}
+    return PackedSource(source.name, rows["train"], rows["validation"], manifest["counts"][number], dropped, labels)
 
 
 def _column_paths(directory: Path, number: int, side: str) -> Callable[[str], Path]:

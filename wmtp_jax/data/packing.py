@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -17,100 +18,187 @@ _TOKENS_AT_ONCE = 1 << 20
 _DOCUMENTS_AT_ONCE = 1 << 12
 
 
+class Packable(NamedTuple):
+    """A document in tokens.
+
+    Attributes:
+      tokens: int `[n]`, its end-of-text token included.
+      allowed: bool `[n]`, which of them may be targets.
+      label: NaN where it has none.
+      joined: it stays behind the document before it.
+    """
+
+    tokens: np.ndarray
+    allowed: np.ndarray
+    label: float
+    joined: bool
+
+
 class TokenStore:
-    """Tokens of documents in the order they come, in unnamed files, until all are there and rows can be cut."""
+    """Documents in the order they come, in unnamed files, until all are there and rows can be cut."""
+
+    _ENTRY = np.dtype([("end", "<i8"), ("label", "<f4")])
 
     def __init__(self, scratch: Path, dtype: np.dtype):
         self.dtype = dtype
         self.documents = 0
         self.tokens = 0
+        self._groups = 0
         self._tokens: BinaryIO = TemporaryFile(dir=scratch)
-        self._ends: BinaryIO = TemporaryFile(dir=scratch)
+        self._allowed: BinaryIO = TemporaryFile(dir=scratch)
+        self._entries: BinaryIO = TemporaryFile(dir=scratch)
+        self._firsts: BinaryIO = TemporaryFile(dir=scratch)  # of each group of joined documents, which is the first
 
-    def append(self, documents: list[np.ndarray]) -> None:
-        """Adds documents, each int `[n]`, its end-of-text token included."""
+    def append(self, documents: list[Packable]) -> None:
+        """Adds documents."""
         if not documents:
             return
-        ends = self.tokens + np.cumsum([len(ids) for ids in documents], dtype=np.int64)
-        self._tokens.write(np.concatenate(documents).astype(self.dtype).tobytes())
-        self._ends.write(ends.tobytes())
-        self.tokens = int(ends[-1])
+        entries = np.zeros(len(documents), self._ENTRY)
+        entries["end"] = self.tokens + np.cumsum([len(document.tokens) for document in documents], dtype=np.int64)
+        entries["label"] = [document.label for document in documents]
+        self._tokens.write(np.concatenate([document.tokens for document in documents]).astype(self.dtype).tobytes())
+        self._allowed.write(np.concatenate([document.allowed for document in documents]).tobytes())
+        self._entries.write(entries.tobytes())
+        first = np.array([not document.joined for document in documents])
+        first[0] |= self.documents == 0
+        self._firsts.write((self.documents + np.flatnonzero(first)).astype("<i8").tobytes())
+        self._groups += int(first.sum())
+        self.tokens = int(entries["end"][-1])
         self.documents += len(documents)
 
-    def shuffled(self) -> Iterator[np.ndarray]:
-        """Every document once, in an order that depends on nothing but how many there are."""
-        self._tokens.flush()
-        self._ends.flush()
-        width = self.dtype.itemsize
-        for start in range(0, self.documents, _DOCUMENTS_AT_ONCE):
-            index = np.arange(start, min(start + _DOCUMENTS_AT_ONCE, self.documents))
-            for document in permute(index, self.documents, ("documents",)).tolist():
-                first = self._end(document - 1) if document else 0
-                size = self._end(document) - first
-                yield np.frombuffer(os.pread(self._tokens.fileno(), size * width, first * width), self.dtype)
+    def shuffled(self) -> Iterator[Packable]:
+        """Every document once, groups together, in an order that depends on nothing but how many groups there are."""
+        for file in (self._tokens, self._allowed, self._entries, self._firsts):
+            file.flush()
+        for start in range(0, self._groups, _DOCUMENTS_AT_ONCE):
+            index = np.arange(start, min(start + _DOCUMENTS_AT_ONCE, self._groups))
+            for group in permute(index, self._groups, ("documents",)).tolist():
+                first = self._first(group)
+                for number in range(first, self._first(group + 1)):
+                    yield self._read(number, joined=number > first)
 
     def close(self) -> None:
         """Gives the disk space back."""
-        self._tokens.close()
-        self._ends.close()
+        for file in (self._tokens, self._allowed, self._entries, self._firsts):
+            file.close()
 
-    def _end(self, document: int) -> int:
-        return int.from_bytes(os.pread(self._ends.fileno(), 8, 8 * document), "little")
+    def _read(self, number: int, *, joined: bool) -> Packable:
+        first = int(self._entry(number - 1)["end"]) if number else 0
+        entry = self._entry(number)
+        size, width = int(entry["end"]) - first, self.dtype.itemsize
+        tokens = np.frombuffer(os.pread(self._tokens.fileno(), size * width, first * width), self.dtype)
+        allowed = np.frombuffer(os.pread(self._allowed.fileno(), size, first), bool)
+        return Packable(tokens, allowed, float(entry["label"]), joined)
+
+    def _entry(self, number: int) -> np.void:
+        width = self._ENTRY.itemsize
+        return np.frombuffer(os.pread(self._entries.fileno(), width, width * number), self._ENTRY)[0]
+
+    def _first(self, group: int) -> int:
+        if group == self._groups:
+            return self.documents
+        return int.from_bytes(os.pread(self._firsts.fileno(), 8, 8 * group), "little")
 
 
-def pack(documents: Iterator[np.ndarray], *, sequence_length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Documents one after the other, cut into rows; each piece of a document in a row is a segment of its own.
+# What columns hold where there is no document.
+_PADDING = {"tokens": 0, "segment_ids": 0, "loss_mask": False, "labels": np.nan}
+
+
+def pack(
+    documents: Iterable[Packable], *, sequence_length: int, whole: bool = False
+) -> Iterator[dict[str, np.ndarray]]:
+    """Documents one after the other, in rows; each piece of a document in a row is a segment of its own.
 
     Args:
-      documents: int `[n]` each.
+      documents: in their order.
       sequence_length: S.
+      whole: a document that doesn't fit into what is left of a row begins the next one, and none may be longer than a
+        row; otherwise documents are cut wherever a row ends.
 
     Yields:
-      tokens and segment_ids `[rows, S]`, about a million tokens at a time; segments of a row are numbered 1, 2, 3...
-      Only the last row of all is padded, with token 0 and segment 0.
+      `tokens`, `segment_ids`, `loss_mask` and `labels` `[rows, S]`, about a million tokens at a time; segments of a row are
+      numbered 1, 2, 3... What is not filled has token 0, segment 0, loss_mask False and label NaN: the end of the last row
+      of all, and with `whole` that of others.
     """
-    pieces: list[np.ndarray] = []
-    starts: list[np.ndarray] = []
+    pieces: list[dict[str, np.ndarray]] = []
     held = 0
     for document in documents:
-        first = np.zeros(len(document), bool)
-        first[:1] = True
-        pieces.append(document)
-        starts.append(first)
-        held += len(document)
+        size = len(document.tokens)
+        room = -held % sequence_length
+        if whole and size > (room or sequence_length):
+            pieces.append(_filler(room))
+            held += room
+        pieces.append(
+            {
+                "tokens": document.tokens,
+                "segment_ids": np.arange(size) == 0,
+                "loss_mask": document.allowed,
+                "labels": np.full(size, document.label, np.float32),
+            }
+        )
+        held += size
         if held >= _TOKENS_AT_ONCE + sequence_length:
-            tokens, first = np.concatenate(pieces), np.concatenate(starts)
-            whole = held // sequence_length * sequence_length
-            yield _rows(tokens[:whole], first[:whole], sequence_length)
-            pieces, starts, held = [tokens[whole:]], [first[whole:]], held - whole
+            columns = _joined(pieces)
+            complete = held // sequence_length * sequence_length
+            yield _rows({name: column[:complete] for name, column in columns.items()}, sequence_length)
+            pieces, held = [{name: column[complete:] for name, column in columns.items()}], held - complete
     if held:
-        tokens, first = np.concatenate(pieces), np.concatenate(starts)
-        padding = -held % sequence_length
-        rows, segment_ids = _rows(np.pad(tokens, (0, padding)), np.pad(first, (0, padding)), sequence_length)
-        segment_ids[-1, sequence_length - padding :] = 0
-        yield rows, segment_ids
+        pieces.append(_filler(-held % sequence_length))
+        yield _rows(_joined(pieces), sequence_length)
 
 
-def _rows(tokens: np.ndarray, first: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
-    first = first.reshape(-1, sequence_length).copy()
+def _filler(size: int) -> dict[str, np.ndarray]:
+    """Padding; the segment -1 sets it off from a document that goes on."""
+    return {name: np.full(size, -1 if name == "segment_ids" else value) for name, value in _PADDING.items()}
+
+
+def _joined(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in _PADDING}
+
+
+def _rows(columns: dict[str, np.ndarray], sequence_length: int) -> dict[str, np.ndarray]:
+    """Rows of a stretch of columns; `segment_ids` come as 1 where a document begins, 0 where it goes on, -1 in padding."""
+    rows = {name: column.reshape(-1, sequence_length) for name, column in columns.items()}
+    first = rows["segment_ids"] == 1
     first[:, 0] = True
-    return tokens.reshape(-1, sequence_length), np.cumsum(first, axis=1, dtype=np.int32)
+    rows["segment_ids"] = np.where(rows["segment_ids"] < 0, 0, np.cumsum(first, axis=1, dtype=np.int32))
+    return rows
+
+
+def column_dtypes(*, sequence_length: int, vocabulary_size: int) -> dict[str, np.dtype]:
+    """How each column lies on disk."""
+    return {
+        "tokens": np.dtype(np.uint16 if vocabulary_size <= 1 << 16 else np.int32),
+        "segment_ids": np.dtype(np.uint16 if sequence_length < 1 << 16 else np.int32),
+        "loss_mask": np.dtype(bool),
+        "labels": np.dtype(np.float32),
+    }
 
 
 def write_columns(
-    path_of: Callable[[str], Path], blocks: Iterator[tuple[np.ndarray, np.ndarray]], *, rows: int, sequence_length: int,
-    token_dtype: np.dtype,
-) -> None:  # fmt: skip
-    """Writes blocks of rows as the `.npy` files `path_of("tokens")` and `path_of("segment_ids")`."""
-    dtypes = {"tokens": token_dtype, "segment_ids": np.dtype(np.uint16 if sequence_length < 1 << 16 else np.int32)}
-    with open(path_of("tokens"), "wb") as tokens_file, open(path_of("segment_ids"), "wb") as segments_file:
-        files = {"tokens": tokens_file, "segment_ids": segments_file}
-        for name, file in files.items():
-            header = {"descr": np.lib.format.dtype_to_descr(dtypes[name]), "fortran_order": False}
-            np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, sequence_length)})
+    path_of: Callable[[str], Path], blocks: Iterable[dict[str, np.ndarray]], *, dtypes: dict[str, np.dtype],
+    sequence_length: int,
+) -> int:  # fmt: skip
+    """Writes the columns that `dtypes` names as `.npy` files `path_of(name)`; returns how many rows they have."""
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(path_of(name), "wb")) for name in dtypes}
+
+        def write_headers(rows: int) -> None:
+            # numpy leaves room for any number of rows, so that a header keeps its size.
+            for name, file in files.items():
+                header = {"descr": np.lib.format.dtype_to_descr(dtypes[name]), "fortran_order": False}
+                np.lib.format.write_array_header_1_0(file, header | {"shape": (rows, sequence_length)})
+
+        rows = 0
+        write_headers(rows)
         for block in blocks:
-            for (name, file), values in zip(files.items(), block, strict=True):
-                file.write(np.ascontiguousarray(values, dtypes[name]).tobytes())
+            for name, file in files.items():
+                file.write(np.ascontiguousarray(block[name], dtypes[name]).tobytes())
+            rows += len(block["tokens"])
+        for file in files.values():
+            file.seek(0)
+        write_headers(rows)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -130,10 +218,10 @@ class Rows:
         return {name: np.asarray(column[index]) for name, column in self.columns.items()}
 
 
-def open_rows(path_of: Callable[[str], Path], names: tuple[str, ...] = ("tokens", "segment_ids")) -> Rows:
-    """Maps the columns that `write_columns` wrote.
+def open_column(path: Path) -> np.ndarray:
+    """Maps one column that `write_columns` wrote.
 
     Raises:
       ValueError: a file that is shorter than its header says.
     """
-    return Rows({name: np.load(path_of(name), mmap_mode="r").view(np.ndarray) for name in names})
+    return np.load(path, mmap_mode="r").view(np.ndarray)

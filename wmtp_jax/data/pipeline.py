@@ -189,11 +189,12 @@ def validation_batches(
         index = spread[np.where(real, number, 0)]
         sources = np.searchsorted(ends, index, side="right")
         columns = _gather(parts, sources, index - (ends - [len(part) for part in parts])[sources])
-        yield make_batch({name: np.where(real[:, None], c, 0) for name, c in columns.items()}, num_heads=num_heads)
+        columns = {name: np.where(real[:, None], c, np.zeros((), c.dtype)) for name, c in columns.items()}
+        yield make_batch(columns, num_heads=num_heads)
 
 
-def distinct_training_rows(corpus: Corpus, *, seed: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """tokens and segment_ids `[n, S]` of the rows that a run consumes before a position, each row once, in blocks."""
+def distinct_training_rows(corpus: Corpus, *, seed: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+    """The columns `[n, S]` of the rows that a run consumes before a position, each row once, in blocks."""
     parts = [source.train for source in corpus.sources]
     lengths = np.array([len(part) for part in parts])
     order = RowOrder(lengths.tolist(), corpus.weights, seed)
@@ -202,8 +203,7 @@ def distinct_training_rows(corpus: Corpus, *, seed: int, stop: int) -> Iterator[
         where = np.arange(first, min(first + _ROWS_AT_ONCE, stop))
         sources, rank = order.turns(where)
         where = where[rank < lengths[sources]]
-        columns = _gather(parts, *order(where))
-        yield columns["tokens"], columns["segment_ids"]
+        yield _gather(parts, *order(where))
         left -= len(where)
         if not left:
             return

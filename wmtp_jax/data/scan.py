@@ -13,13 +13,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from wmtp_jax.data.sources import Document, Source
+from wmtp_jax.data.documents import Document, digest_of
+from wmtp_jax.data.sources import Source
 from wmtp_jax.errors import UserError
 
 SPLITS = ("train", "validation")
 DROPPED = ("duplicate", "empty", "undecodable")
 
-_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("source", "<u4"), ("validation", "?")])
+_HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("source", "<u4"), ("validation", "?")])
+# joined: of the same problem as the document before it.
+_RECORD = np.dtype([*_HASHED.descr, ("joined", "?")])
 _RECORDS_AT_ONCE = 1 << 16
 # Duplicates are looked for among so many records at a time, split by hash: 140 MB.
 _RECORDS_SORTED_AT_ONCE = 1 << 21
@@ -35,8 +38,9 @@ class Scan:
       keep: bool `[documents]`, False for the second and later copies of a text, over all sources.
       file_hashes: for each source, the content hash of each of its files.
       dropped: for each source, how many documents were left out, by reason.
-      content_hash: of the documents that are kept and the side that each is on.
+      content_hash: of the documents that are kept, the side that each is on, and which of them stay together.
       sample: texts of the training side, about `sample_bytes`, drawn by hash.
+      traits: for each source, what its documents have.
     """
 
     records: np.ndarray
@@ -45,15 +49,32 @@ class Scan:
     dropped: list[dict[str, int]]
     content_hash: str
     sample: list[str]
+    traits: list[Traits]
 
 
-def digest_of(text: bytes) -> bytes:
-    """What makes two documents the same: 16 bytes."""
-    return hashlib.blake2b(text, digest_size=16).digest()
+@dataclass
+class Traits:
+    """What some document of a source has.
+
+    Attributes:
+      parts: pieces of which not all may be targets, so that it must stay whole.
+      failed: the label False.
+      labelled: any label.
+    """
+
+    parts: bool = False
+    failed: bool = False
+    labelled: bool = False
+
+    def note(self, document: Document) -> None:
+        """Adds a document."""
+        self.parts |= bool(document.parts)
+        self.failed |= document.label is False
+        self.labelled |= document.label is not None
 
 
 def is_validation(identity: bytes, fraction: float) -> bool:
-    """Whether a document is held out: by a hash of its identity alone, so that a file never changes sides."""
+    """Whether a document is held out: by a hash of its identity alone, so that a file or a problem never changes sides."""
     digest = hashlib.blake2b(identity, digest_size=8, person=b"wmtp split").digest()
     return int.from_bytes(digest, "little") < fraction * 2.0**64
 
@@ -88,30 +109,38 @@ def scan(sources: Sequence[Source], *, validation_fraction: float, sample_bytes:
     sampler = _Sampler(sample_bytes)
     file_hashes: list[list[str]] = [[] for _ in sources]
     dropped = [dict.fromkeys(DROPPED, 0) for _ in sources]
+    traits = [Traits() for _ in sources]
     with TemporaryFile(dir=scratch) as file:
         writer = _RecordWriter(file)
         for number, source in enumerate(sources):
+            problem = ("", "")
             for document in read_documents(source, dropped[number], file_hashes[number].append):
-                text = document.text.encode()
-                digest = digest_of(text)
+                digest = digest_of(document)
                 identity = os.fsencode(document.identity) or digest
-                held_out = is_validation(identity, validation_fraction)
+                held_out = document.side == "validation"
+                if not document.side:
+                    held_out = is_validation(identity, validation_fraction)
                 high, low = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
                 if not held_out:
                     sampler.offer(high, writer.count, document.text)
-                writer.write((high, low, number, held_out))
+                before, problem = problem, (document.identity, document.side)
+                writer.write((high, low, number, held_out, document.identity != "" and before == problem))
+                traits[number].note(document)
         writer.flush()
         # The mapping keeps the unnamed file alive.
         records = np.memmap(file, _RECORD, "r", shape=(writer.count,)) if writer.count else np.zeros(0, _RECORD)
     keep = first_of_each(records)
-    content = hashlib.sha256()
+    content, joined = hashlib.sha256(), hashlib.sha256()
     for start in range(0, len(records), _RECORDS_AT_ONCE):
         part = slice(start, start + _RECORDS_AT_ONCE)
-        content.update(records[part][keep[part]].tobytes())
+        content.update(records[part][list(_HASHED.names)][keep[part]].astype(_HASHED).tobytes())
+        joined.update(records[part]["joined"].tobytes() + keep[part].tobytes())
         copies = np.bincount(records[part]["source"][~keep[part]], minlength=len(sources))
         for number, copy_count in enumerate(copies):
             dropped[number]["duplicate"] += int(copy_count)
-    result = Scan(records, keep, file_hashes, dropped, content.hexdigest(), sampler.texts(keep))
+    if records["joined"].any():
+        content.update(joined.digest())
+    result = Scan(records, keep, file_hashes, dropped, content.hexdigest(), sampler.texts(keep), traits)
     _check_sides(sources, result, validation_fraction)
     return result
 
@@ -161,10 +190,10 @@ class _RecordWriter:
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        self._pending: list[tuple[int, int, int, bool]] = []
+        self._pending: list[tuple[int, int, int, bool, bool]] = []
         self.count = 0
 
-    def write(self, record: tuple[int, int, int, bool]) -> None:
+    def write(self, record: tuple[int, int, int, bool, bool]) -> None:
         self._pending.append(record)
         self.count += 1
         if len(self._pending) == _RECORDS_AT_ONCE:

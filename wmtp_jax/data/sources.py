@@ -1,10 +1,10 @@
-"""Where documents come from: `python-stdlib`, `jsonl:PATH`, `text:GLOB`; read one by one, checked as they are read."""
+"""Where documents come from: the standard library, JSONL and text files, built TFDS sets; checked as they are read."""
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
-import json
 import os
 import sysconfig
 import tokenize
@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from wmtp_jax.data.chat import Chat
+from wmtp_jax.data.documents import Document, document_of, parse_line
+from wmtp_jax.data.problems import documents
 from wmtp_jax.errors import UserError
 
-KNOWN_SOURCES = "python-stdlib, jsonl:PATH (objects with `text`), text:GLOB"
+KNOWN_SOURCES = (
+    "python-stdlib, jsonl:PATH (objects with `text`, `prompt` and `completion`, or `messages`), text:GLOB, "
+    "tfds:NAME[/SPLIT] (mbpp, humaneval, code_contests)"
+)
 
 # Tests and what pip installed are not the library's own source, and differ most between machines.
 _STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-
-
-class Document(NamedTuple):
-    """One text. Its identity decides whether it is held out: a file's name, or "" where the text is all there is."""
-
-    identity: str
-    text: str
 
 
 class SourceFile(NamedTuple):
@@ -57,11 +56,14 @@ class Source:
     read: Callable[[SourceFile, Hash], Iterator[Document | None]]
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, label_field: str = "passed", chat: Chat | None = None) -> Source:
     """Finds the files of a source; opens none of them.
 
     Args:
-      name: `python-stdlib`, `jsonl:PATH` or `text:GLOB`; PATH may be a glob, `**` matches directories, `~` is a home.
+      name: `python-stdlib`, `jsonl:PATH`, `text:GLOB` or `tfds:NAME[/SPLIT]`; PATH may be a glob, `**` matches directories,
+        `~` is a home.
+      label_field: the field of `jsonl:` objects that holds a label.
+      chat: renders the `messages` of `jsonl:` objects; None: there is no chat template.
 
     Raises:
       UserError: an unknown kind of source, or one without a file.
@@ -72,9 +74,12 @@ def open_source(name: str) -> Source:
             root = sysconfig.get_path("stdlib")
             return Source(name, root, tuple(_stdlib_files(root)), _read_python)
         case "jsonl" if pattern:
-            return _glob_source(name, pattern, _read_jsonl)
+            read = functools.partial(_read_jsonl, label_field=label_field, chat=chat or Chat(None))
+            return _glob_source(name, pattern, read)
         case "text" if pattern:
             return _glob_source(name, pattern, _read_text)
+        case "tfds" if pattern:
+            return _tfds_source(name, pattern)
     raise UserError(f"config.data.sources: unknown source {name!r}; known are {KNOWN_SOURCES}")
 
 
@@ -103,6 +108,24 @@ def _glob_source(name: str, pattern: str, read: Callable[[SourceFile, Hash], Ite
     fixed = pattern if os.path.exists(pattern) else pattern[: min(i for i in map(pattern.find, "*?[") if i >= 0)]
     root = os.path.dirname(fixed)
     return Source(name, pattern, tuple(_stat(path, os.path.relpath(path, root)) for path in paths), read)
+
+
+def _tfds_source(name: str, spec: str) -> Source:
+    try:
+        from wmtp_jax.data import tfds_builders  # late: its libraries are an extra
+    except ImportError as error:
+        raise UserError(
+            f"config.data.sources: {name} needs tensorflow-datasets: pip install 'wmtp[tfds]' ({error})"
+        ) from error
+    sides = tfds_builders.built_files(spec)
+
+    def read(file: SourceFile, digest: Hash) -> Iterator[Document | None]:
+        _read_bytes(file, digest)
+        for problem in tfds_builders.read_problems(Path(file.path)):
+            yield from documents(problem, side=sides[Path(file.path)])
+
+    files = tuple(_stat(str(path), path.name) for path in sides)
+    return Source(name, str(next(iter(sides)).parent / spec.partition("/")[2]), files, read)
 
 
 def _read_bytes(file: SourceFile, digest: Hash) -> bytes:
@@ -137,53 +160,13 @@ def _read_text(file: SourceFile, digest: Hash) -> Iterator[Document | None]:
         ) from error
 
 
-def _read_jsonl(file: SourceFile, digest: Hash) -> Iterator[Document | None]:
+def _read_jsonl(file: SourceFile, digest: Hash, *, label_field: str, chat: Chat) -> Iterator[Document | None]:
     try:
         with open(file.path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 digest.update(line)
                 if line.strip():
-                    yield Document("", _jsonl_text(line, f"{file.path}:{number}"))
+                    where = f"{file.path}:{number}"
+                    yield document_of(parse_line(line, where), where, label_field=label_field, chat=chat)
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error
-
-
-def _jsonl_text(line: bytes, where: str) -> str:
-    """The `text` of one line of JSON; `where` is "FILE:LINE" for messages."""
-    try:
-        entry = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise UserError(f"{where}: byte {error.start} of the line (0x{byte:02x}) is not UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deep
-        raise UserError(f"{where}: not JSON that Python can read: {error}") from error
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: the line is {_json_type(entry)}, not an object with a field `text`")
-    if "text" not in entry:
-        raise UserError(f"{where}: the object has no field `text` (it has {', '.join(map(repr, entry)) or 'none'})")
-    text = entry["text"]
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the field `text` is {_json_type(text)}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: `text` holds half of a surrogate pair at character {error.start}") from error
-    return text
-
-
-def _json_type(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a string"
-        case list():
-            return "a list"
-        case _:
-            return "an object"

@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -32,8 +33,22 @@ _CHARACTERS_AT_ONCE = 1 << 21
 _PART_CHARACTERS = 1 << 18
 
 
+class Part(NamedTuple):
+    """A piece of a document's text.
+
+    Attributes:
+      target: whether its tokens may be targets.
+      template: whether it was written by a chat template, so that special tokens spelled in it are meant. Everywhere else
+        text stays text, whatever it spells.
+    """
+
+    text: str
+    target: bool
+    template: bool = False
+
+
 class Tokenizer:
-    """A vocabulary and how text is cut into it. Texts never become special tokens, whatever they spell.
+    """A vocabulary and how text is cut into it. Texts never become special tokens, whatever they spell, unless asked to.
 
     Attributes:
       vocabulary_size: V, one more than the highest token id.
@@ -68,8 +83,18 @@ class Tokenizer:
         self._files = _without_model_files(files, self._backend.id_to_token(self.end_of_text_id))
         self.fingerprint = self._fingerprint()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids int32 `[n]` of each text, on all cores; neither end-of-text nor other special tokens are added."""
+    def encode_batch(
+        self, texts: Sequence[str], *, continued: bool = False, special_tokens: bool = False
+    ) -> list[np.ndarray]:
+        """Token ids int32 `[n]` of each text, on all cores; neither end-of-text nor other special tokens are added.
+
+        Args:
+          continued: the texts go on where another one ended: no space goes before them where the tokenizer puts one
+            before each text (SentencePiece).
+          special_tokens: special tokens that a text spells become their ids, as a chat template means them.
+        """
+        backend = self._continuing_backend if continued else self._backend
+        backend.encode_special_tokens = not special_tokens
         owners, parts = [], []
         for owner, text in enumerate(texts):
             split = _split(text, _PART_CHARACTERS)
@@ -77,10 +102,33 @@ class Tokenizer:
             parts += split
         arrays: list[list[np.ndarray]] = [[] for _ in texts]
         for group in _groups(list(map(len, parts)), _CHARACTERS_AT_ONCE):
-            encodings = self._backend.encode_batch_fast(parts[group], add_special_tokens=False)
+            encodings = backend.encode_batch_fast(parts[group], add_special_tokens=False)
             for owner, encoding in zip(owners[group], encodings, strict=True):
                 arrays[owner].append(np.array(encoding.ids, np.int32))
         return [np.concatenate(pieces) if len(pieces) > 1 else pieces[0] for pieces in arrays]
+
+    def encode_parts(self, documents: Sequence[Sequence[Part]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Token ids int32 `[n]` and whether each may be a target, bool `[n]`, of documents in parts.
+
+        Each part is cut into tokens by itself, so that none belongs to two.
+        """
+        kinds: dict[tuple[bool, bool], list[tuple[int, int]]] = {}
+        for number, parts in enumerate(documents):
+            for place, part in enumerate(parts):
+                # After a special token a text begins anew.
+                begins = place == 0 or (part.template and part.text.startswith(self.special_tokens))
+                kinds.setdefault((not begins, part.template), []).append((number, place))
+        encoded: dict[tuple[int, int], np.ndarray] = {}
+        for (continued, template), places in kinds.items():
+            texts = [documents[number][place].text for number, place in places]
+            found = self.encode_batch(texts, continued=continued, special_tokens=template)
+            encoded.update(zip(places, found, strict=True))
+        result = []
+        for number, parts in enumerate(documents):
+            ids = [encoded[number, place] for place in range(len(parts))]
+            allowed = [np.full(len(found), part.target) for found, part in zip(ids, parts, strict=True)]
+            result.append((np.concatenate(ids), np.concatenate(allowed)))
+        return result
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids int32 `[n]` of one text."""
@@ -89,6 +137,37 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """What the special tokens are spelled like."""
+        return tuple(token.content for token in self._backend.get_added_tokens_decoder().values() if token.special)
+
+    @functools.cached_property
+    def chat_template_hash(self) -> str:
+        """Of the files that may hold a chat template."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self._files.items()):
+            if name.startswith("chat_template") or name == "tokenizer_config.json":
+                digest.update(name.encode() + b"\0" + content)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _continuing_backend(self) -> tokenizers.Tokenizer:
+        """The same vocabulary without the space before each text."""
+        spec = json.loads(json.dumps(self._spec))
+        spec["truncation"] = spec["padding"] = None
+        changed = False
+        for key in ("normalizer", "pre_tokenizer"):
+            for part in _parts_of(spec.get(key)):
+                match part["type"]:
+                    case "Prepend":
+                        part["prepend"], changed = "", True
+                    case "Metaspace":
+                        part["prepend_scheme"], changed = "never", True
+                    case "ByteLevel" if part["add_prefix_space"]:
+                        part["add_prefix_space"], changed = False, True
+        return tokenizers.Tokenizer.from_str(json.dumps(spec)) if changed else self._backend
 
     @functools.cached_property
     def pieces(self) -> list[bytes]:

@@ -41,9 +41,12 @@ class SequentialHead(nnx.Module):
         self.layer = Layer(s, rngs=rngs)
         self.output_norm = Norm(s.width, s)
 
+    def join(self, previous: Array, embedded: Array) -> Array:
+        """What the layer reads: the projection of both, `[..., D]`."""
+        return self.project(jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(previous)], axis=-1))
+
     def __call__(self, previous: Array, embedded: Array, context: Context) -> Array:
-        joined = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(previous)], axis=-1)
-        return self.output_norm(self.layer(self.project(joined), context))
+        return self.output_norm(self.layer(self.join(previous, embedded), context))
 
 
 class ValueHead(nnx.Module):

@@ -44,7 +44,7 @@ def draw_curves(run_directory: str | Path) -> list[Path]:
     directory = Path(run_directory)
     rows = read_metrics(directory / METRICS_FILE)
     summary = _json(directory / "summary.json")
-    figure = curves_figure(rows, title=_name(directory), bigram=summary.get("bigram_bits_per_byte"))
+    figure = curves_figure(rows, title=_name(directory, summary), bigram=summary.get("bigram_bits_per_byte"))
     if not figure.axes:
         return []
     path = directory / "curves.png"
@@ -74,6 +74,8 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], *, title: str = "", bigram:
         (2, lambda axes: _cross_entropy(axes, series, sorted(heads)), bool(heads)),
         (1, lambda axes: _bits_per_byte(axes, series["eval/bits_per_byte"], bigram), "eval/bits_per_byte" in series),
         (1, lambda axes: _loss(axes, series["train/loss"]), "train/loss" in series),
+        (1, lambda axes: _value_loss(axes, series), bool(series.keys() & {"train/value_loss", "eval/value_loss"})),
+        (1, lambda axes: _explained(axes, series["eval/explained_variance"]), "eval/explained_variance" in series),
         (1, lambda axes: _weights(axes, series), bool(series.keys() & _WEIGHTS.keys())),
         (1, lambda axes: _gradient_norm(axes, series["train/grad_norm"]), "train/grad_norm" in series),
         (1, lambda axes: _learning_rate(axes, series["train/learning_rate"]), "train/learning_rate" in series),
@@ -146,6 +148,26 @@ def _loss(axes: Axes, loss: Series) -> None:
         style = {"color": COLOURS[1], "markersize": 5, "label": f"not finite ({len(broken)})"}
         axes.plot(broken, low, "x", transform=axes.get_xaxis_transform(), **style)
         axes.legend(loc="upper right", **_LEGEND)
+
+
+def _value_loss(axes: Axes, series: Mapping[str, Series]) -> None:
+    _title(axes, "Value loss (training: to λ-returns)")
+    if "train/value_loss" in series:
+        _smoothed(axes, series["train/value_loss"], COLOURS[0], label="training")
+    if "eval/value_loss" in series:
+        _held_out(axes, series["eval/value_loss"], COLOURS[1], MARKERS[0], linestyle="-", label="held out")
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best", **_LEGEND)
+
+
+def _explained(axes: Axes, share: Series) -> None:
+    _title(axes, "Explained variance, held out")
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    _held_out(axes, share, COLOURS[0], MARKERS[0], linestyle="-", label="value")
+    steps, values = _finite(share)
+    if len(values):
+        axes.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (6, 0), va="center", textcoords="offset points", fontsize=8)
+    axes.set_ylim(min(-0.1, values.min(initial=0.0) * 1.1), 1.0)
 
 
 _WEIGHTS = {"train/effective_sample_fraction": "effective samples", "train/weight_entropy": "entropy over heads"}
@@ -279,8 +301,10 @@ def _without_repeats(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return kept
 
 
-def _name(directory: Path) -> str:
+def _name(directory: Path, summary: Mapping[str, Any]) -> str:
     parts = [directory.absolute().name]
+    if "rewards" in summary:
+        return "  ·  ".join([*parts, "value head on a frozen model"])
     if config := _json(directory / "config.json"):
         heads = config["model"]["heads"]
         many = f"{heads['count']} {heads['kind']} heads" if heads["count"] > 1 else "1 head"

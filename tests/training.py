@@ -1,0 +1,64 @@
+"""What the tests of the trainers share, whichever backend trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from wmtp_jax import loop
+from wmtp_jax.config import defaults
+from wmtp_jax.tracking import read_metrics
+
+# Wall-clock measurements differ between two runs of the same arithmetic.
+TIMING = ("time", "train/tokens_per_second", "train/mfu")
+
+
+def tiny_config(python_corpus: Path, cache: Path, **changes) -> ConfigDict:
+    """A configuration that trains in seconds; `critic__steps=4` sets config.critic.steps. All share one set of shapes."""
+    c = defaults()
+    c.data.sources = (f"text:{python_corpus}/*.py",)
+    c.data.validation_fraction = 0.2
+    c.data.sequence_length = 32
+    c.data.vocabulary_size = 300
+    c.data.cache_dir = str(cache)
+    c.model.width, c.model.layers, c.model.attention_heads = 16, 1, 2
+    c.model.heads.count = 2
+    c.reference.model.width, c.reference.model.layers, c.reference.model.attention_heads = 16, 1, 2
+    c.reference.steps = 4
+    c.weighting.algorithm = "rho1-tokenskip"
+    c.critic.trunk_steps, c.critic.steps, c.critic.eval_every = 4, 6, 2
+    c.train.batch_size, c.train.steps, c.train.log_every = 4, 8, 1
+    c.optimizer.warmup_steps = 2
+    c.eval.every, c.eval.batches, c.eval.token_rows = 4, 2, 2
+    c.eval.bigram, c.eval.completions = False, 0
+    c.checkpoint.every = 4
+    c.tracking.enabled = False
+    for key, value in changes.items():
+        *sections, leaf = key.split("__")
+        section = c
+        for name in sections:
+            section = section[name]
+        section[leaf] = value
+    return c
+
+
+def comparable(workdir: Path) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if key not in TIMING}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def stop_after(monkeypatch, step: int, action, *, stage: str = "train") -> None:
+    """Has `action` happen once, right after the trainer has logged a step of a stage."""
+    write, wanted = loop.MetricsFile.write, stage
+    happened = []
+
+    def write_then_act(self, at, stage, metrics):
+        write(self, at, stage, metrics)
+        if at == step and stage == wanted and not happened:
+            happened.append(at)
+            action()
+
+    monkeypatch.setattr(loop.MetricsFile, "write", write_then_act)

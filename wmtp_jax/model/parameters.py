@@ -1,0 +1,51 @@
+"""A model as its structure and a nested dict of arrays, which is what updates, checkpoints and references hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from wmtp_jax.model.transformer import Model
+from wmtp_jax.settings import ModelSettings
+
+Parameters = dict[str, Any]
+
+
+def merge(definition: nnx.GraphDef, parameters: Parameters) -> Model:
+    """The model with these parameters; cheap, made inside the traced functions."""
+    return nnx.merge(definition, nnx.State(parameters))
+
+
+def split(model: Model) -> tuple[nnx.GraphDef, Parameters]:
+    """A model as its structure and a nested dict of arrays."""
+    definition, state = nnx.split(model)
+    return definition, nnx.to_pure_dict(state)
+
+
+def initial_parameters(
+    settings: ModelSettings, seed: int, *, value_head: bool = False
+) -> tuple[nnx.GraphDef, Parameters]:
+    """A model's structure and random parameters, a function of the seed alone."""
+    definition, _ = abstract_parameters(settings, value_head=value_head)
+    make = jax.jit(lambda key: split(Model(settings, rngs=nnx.Rngs(key), value_head=value_head))[1])
+    return definition, make(jax.random.key(seed))
+
+
+def abstract_parameters(settings: ModelSettings, *, value_head: bool = False) -> tuple[nnx.GraphDef, Parameters]:
+    """A model's structure and its parameters' shapes and types, without making them."""
+    return split(nnx.eval_shape(lambda: Model(settings, rngs=nnx.Rngs(0), value_head=value_head)))
+
+
+def nest(named: Mapping[str, Any]) -> Parameters:
+    """`{"layers.mlp.up.kernel": x} -> {"layers": {"mlp": {"up": {"kernel": x}}}}`."""
+    tree: Parameters = {}
+    for name, leaf in named.items():
+        *path, last = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree

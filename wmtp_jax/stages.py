@@ -1,0 +1,476 @@
+"""An experiment as the stages that it is made of, for both backends: what comes first, where it lies, what it hands on.
+
+    rho1-*       reference (unless given) -> train
+    critic-wmtp  reference (for rewards by likelihood, unless given) -> trunk (unless given) -> rewards -> value (unless
+                 given) -> train
+
+Every stage but the last is a run in a directory of its own below the experiment's and an MLflow run below its run; each
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from wmtp_jax import compatible, loop, rewards, run_directory, summary
+from wmtp_jax.cli import Stopped, StopSignals
+from wmtp_jax.config import flatten, uses_reference, validate
+from wmtp_jax.data.bigram import bigram_metrics
+from wmtp_jax.data.corpus import Corpus
+from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches
+from wmtp_jax.errors import disk_errors
+from wmtp_jax.experiment import (
+    load_data,
+    model_settings,
+    reference_config,
+    total_steps,
+    trunk_config,
+    value_config,
+    weighting_settings,
+)
+from wmtp_jax.flops import flops_per_token
+from wmtp_jax.parameters_file import read_parameters
+from wmtp_jax.report.curves import draw_curves
+from wmtp_jax.run_directory import find_checkpoint, write_json
+from wmtp_jax.settings import ModelSettings
+from wmtp_jax.tracking import Tracker, read_metrics
+
+Batch = dict[str, Any]
+Named = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training among those that make up an experiment.
+
+    Attributes:
+      name: reference, trunk, value or train.
+      config: of this stage.
+      directory: of this stage.
+      corpus: what it reads; with rewards where it has a value head.
+      reference: of the rho1 algorithms, as the backend holds it.
+      trunk: parameters that training starts from, or keeps frozen in the value stage, by dotted name; None: random ones.
+      value_head: parameters that the value head starts from, by dotted name; None: random ones.
+      origins: hashes of what it was made from, see `loop.ORIGINS`.
+    """
+
+    name: str
+    config: ConfigDict
+    directory: Path
+    corpus: Corpus
+    reference: Any = None
+    trunk: Named | None = None
+    value_head: Named | None = None
+    origins: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model(self) -> ModelSettings:
+        """The model of this stage."""
+        c = self.config
+        return model_settings(c.model, self.corpus.tokenizer.vocabulary_size, c.data.sequence_length)
+
+    def describe(self, backend: str) -> dict[str, Any]:
+        """What is saved with every state."""
+        return {
+            "backend": backend,
+            "stage": self.name,
+            "config": run_directory.plain(self.config),
+            "model": dataclasses.asdict(self.model),
+            "corpus": self.corpus.hash,
+            "tokenizer": self.corpus.tokenizer.fingerprint,
+            **self.origins,
+        }
+
+    def training(self, backend: str, **functions: Any) -> loop.Training:
+        """The stage for the loop; `functions` are those fields of `loop.Training` that touch a backend's arrays."""
+        return loop.Training(
+            stage=self.name,
+            steps=total_steps(self.config, self.corpus),
+            num_heads=self.model.num_heads,
+            description=self.describe(backend),
+            is_finite=lambda result: bool(result.finite),
+            **functions,
+        )
+
+    def evaluation_batches(self) -> list[Batch]:
+        """The held-out batches of every evaluation, a micro-batch each: what fits in a step fits there."""
+        parts = self.config.train.accumulation
+        return self._held_out(self.config.train.batch_size // parts, self.config.eval.batches * parts)
+
+    def token_batch(self) -> Batch | None:
+        """The held-out rows of tokens/STEP.npz; None where none are kept."""
+        rows = self.config.eval.token_rows
+        return self._held_out(rows, 1)[0] if rows else None
+
+    def complete(self, sample: Callable[[np.ndarray, int], np.ndarray]) -> list[dict[str, str]]:
+        """Sampled continuations of held-out text: the first part of as many rows as asked for.
+
+        Args:
+          sample: tokens `[B, P]` and how many more -> `[B, P + more]`.
+
+        Returns:
+          `prompt` and `completion` each.
+        """
+        c, length, decode = self.config.eval, self.config.data.sequence_length, self.corpus.tokenizer.decode
+        if not c.completions:
+            return []
+        size = max(1, min(length // 2, length - c.completion_tokens))
+        [batch] = self._held_out(c.completions, 1)
+        full = (batch["segment_ids"][:, :size] == 1).all(axis=1)  # one text from the row's start on, no padding
+        prompts = batch["tokens"][full, :size]
+        if not len(prompts):
+            return []
+        continued = sample(prompts, min(c.completion_tokens, length - size))[:, size:]
+        return [{"prompt": decode(p), "completion": decode(c)} for p, c in zip(prompts, continued, strict=True)]
+
+    def _held_out(self, batch_size: int, num_batches: int) -> list[Batch]:
+        heads = self.config.model.heads.count
+        return list(validation_batches(self.corpus, batch_size=batch_size, num_heads=heads, num_batches=num_batches))
+
+
+class Backend(Protocol):
+    """What a backend adds: everything that makes arrays of its own. `wmtp_jax.train` and `wmtp_torch.train` are such."""
+
+    @staticmethod
+    def choose_device(name: str | None) -> Any:
+        """The device that everything runs on; UserError where there is no such."""
+
+    @staticmethod
+    def print_plan(config: ConfigDict, corpus: Corpus, device: Any) -> None:
+        """`--dry_run`."""
+
+    @staticmethod
+    def load_reference(path: str | Path, device: Any) -> tuple[Any, dict[str, Any]]:
+        """A trained model as a reference, and the metadata of its checkpoint."""
+
+    @staticmethod
+    def next_token_loss(reference: Any, device: Any, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+        """tokens, segment_ids `[B, S]` -> `[B, S]`, entry t is -log P(x[t] | x[<t]), 0 at a segment's first token."""
+
+    @staticmethod
+    def train_model(stage: Stage, device: Any, signals: StopSignals) -> None:
+        """Trains a model and its heads; ends in `finish_model`."""
+
+    @staticmethod
+    def train_values(stage: Stage, device: Any, signals: StopSignals) -> None:
+        """Trains a value head on a frozen model; ends in `finish_values`."""
+
+
+def plan_rows(config: ConfigDict, corpus: Corpus, settings: ModelSettings, parameters: int) -> list[tuple[str, str]]:
+    """What `--dry_run` says in either backend: algorithm, what is trained first, model, batch, steps."""
+    weighting, c = weighting_settings(config), config.critic
+    first = []
+    if uses_reference(config):
+        steps = f"trained first, {config.reference.steps} steps, in WORKDIR/reference"
+        first.append(("reference", f"{config.reference.path}, tokenizer checked" if config.reference.path else steps))
+    if weighting.needs_values:
+        trunk = c.trunk or f"trained first, baseline-mtp, {c.trunk_steps} steps, in WORKDIR/trunk"
+        head = c.head or f"trained on the frozen trunk, up to {c.steps} steps, in WORKDIR/value"
+        first += [("trunk", trunk), ("rewards", config.reward.source), ("value head", head)]
+    rows, length = config.train.batch_size, config.data.sequence_length
+    steps, two_passes = total_steps(config, corpus), config.train.accumulation > 1 and not weighting.is_local
+    epochs = steps * rows / rows_per_epoch(corpus)
+    return [
+        ("algorithm", f"{config.weighting.algorithm}, form {config.weighting.form}, scope {config.weighting.scope}"),
+        *first,
+        ("model", f"{settings.layers} layers, width {settings.width}, {settings.num_heads} {settings.head_kind} heads"),
+        ("parameters", f"{parameters:,}"),
+        ("batch", f"{rows} rows of {length} tokens, {config.train.accumulation} micro-batches"),
+        ("statistics pass", "one more forward pass an update: weights rank the whole batch" if two_passes else "none"),
+        ("steps", f"{steps:,} updates, {steps * rows * length:,} tokens, {epochs:.2f} epochs"),
+        ("operations", f"{flops_per_token(settings, length) / 1e6:.1f} Mflop a token, forward and backward"),
+    ]
+
+
+def run_experiment(
+    config: ConfigDict,
+    backend: Backend,
+    *,
+    workdir: Path,
+    run_name: str,
+    tags: dict[str, str],
+    resume: str = "auto",
+    dry_run: bool = False,
+    verbose: bool = False,
+    device: str | None = None,
+) -> None:
+    """Trains what the configuration describes and leaves everything in `workdir`.
+
+    Raises:
+      UserError: something that the user can put right.
+      NonFiniteLoss: more non-finite updates than `train.nonfinite_limit`; `nonfinite/` of the stage explains.
+      Stopped: SIGINT or SIGTERM; the state was saved.
+    """
+    # ---- what is asked for, and where --------------------------------------------------------------------------------
+    validate(config)
+    where = backend.choose_device(device)
+    if verbose:
+        logging.basicConfig(level=logging.INFO)
+        print(summary.facts("configuration", list(flatten(config))))
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+    corpus = load_data(config)
+    print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
+
+    # ---- what was trained before: checked here, so that a mistake costs neither a directory nor an earlier run ---------
+    critic = config.weighting.algorithm == "critic-wmtp"
+    reference = _load_reference(config, backend, corpus, where) if uses_reference(config) and config.reference.path else None
+    if critic and config.critic.trunk:
+        trunk = _load_trunk(config, corpus, config.critic.trunk)
+        if config.critic.head:
+            _load_value_head(config, corpus, config.critic.head, trunk[1])
+        del trunk
+    if dry_run:
+        backend.print_plan(config, corpus, where)
+        return
+    origin = None if resume in ("auto", "never") else find_checkpoint(resume)
+
+    with run_directory.locked(workdir), disk_errors(workdir, setting="--workdir"):
+        if resume == "never" and run_directory.clear(workdir):
+            print(f"--resume=never: replacing the run in {workdir}")
+        if origin is not None:
+            run_directory.adopt(origin, workdir)
+        with StopSignals() as signals:
+            tracker = _tracker(config, workdir, run_name, tags) if config.tracking.enabled else None
+            with _status(tracker):
+                experiment = _Experiment(config, backend, workdir, corpus, where, tracker, signals)
+                if reference is None and uses_reference(config):
+                    reference = experiment.train_reference()
+                if critic:
+                    experiment.run_critic(reference)
+                else:
+                    experiment.run_last(Stage("train", config, workdir, corpus, reference))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Experiment:
+    """What the stages of one experiment share."""
+
+    config: ConfigDict
+    backend: Backend
+    workdir: Path
+    corpus: Corpus
+    device: Any
+    tracker: Tracker | None
+    signals: StopSignals
+
+    def train_reference(self) -> Any:
+        """Trains the reference in `workdir/reference`, or goes on with it, or finds it finished."""
+        own = Stage("reference", reference_config(self.config), self.workdir / "reference", self.corpus)
+        validate(own.config)
+        self._run_below(own, self.backend.train_model)
+        return _load_reference(self.config, self.backend, self.corpus, self.device, own.directory)
+
+    def run_critic(self, reference: Any) -> None:
+        """Stages 0 to 2 of critic-wmtp; those that are given or finished are taken as they are."""
+        config, backend, workdir = self.config, self.backend, self.workdir
+        # ---- stage 0: the trunk --------------------------------------------------------------------------------------
+        trunk_path = config.critic.trunk
+        if not trunk_path:
+            own = Stage("trunk", trunk_config(config), workdir / "trunk", self.corpus)
+            validate(own.config)
+            self._run_below(own, backend.train_model)
+            trunk_path = own.directory
+        if config.critic.stop_after == "trunk":
+            return
+        trunk, trunk_key = _load_trunk(config, self.corpus, trunk_path)
+
+        # ---- rewards -------------------------------------------------------------------------------------------------
+        source = self._reward_source(reference)
+        corpus = rewards.with_rewards(self.corpus, source)
+        origins = {"rewards": rewards.rewards_key(self.corpus, source), "trunk": trunk_key}
+
+        # ---- stage 1: the value head ---------------------------------------------------------------------------------
+        head_path = config.critic.head
+        if not head_path:
+            own = Stage("value", value_config(config), workdir / "value", corpus, trunk=trunk, origins=origins)
+            self._run_below(own, backend.train_values)
+            head_path = own.directory
+        head_path, share = compatible.explained_variance(head_path)
+        rewards.check_explained(share, allowed=config.critic.allow_unexplained, where=str(head_path))
+        if config.critic.stop_after == "value":
+            return
+        head, head_key = _load_value_head(config, self.corpus, head_path, trunk_key)
+
+        # ---- stage 2: the model --------------------------------------------------------------------------------------
+        origins = origins | {"value_head": head_key}
+        self.run_last(Stage("train", config, workdir, corpus, trunk=trunk, value_head=head, origins=origins))
+
+    def _reference_path(self) -> str | Path:
+        return self.config.reference.path or self.workdir / "reference"
+
+    def run_last(self, stage: Stage) -> None:
+        """The stage that the experiment is for, in its own directory and MLflow run."""
+        self.backend.train_model(stage, self.device, self.signals)
+        _hand_over(stage, self.tracker)
+
+    def _run_below(self, stage: Stage, train: Callable[[Stage, Any, StopSignals], None]) -> None:
+        stage.directory.mkdir(parents=True, exist_ok=True)
+        child = None
+        if self.tracker is not None:
+            plain = {key: str(value) for key, value in flatten(stage.config)}
+            child = self.tracker.child(stage.name, {"stage": stage.name}, plain)
+        with _status(child):
+            train(stage, self.device, self.signals)
+            _hand_over(stage, child)
+
+    def _reward_source(self, reference: Any) -> rewards.RewardSource:
+        match self.config.reward.source:
+            case "likelihood":
+                return rewards.likelihood(
+                    functools.partial(self.backend.next_token_loss, reference, self.device),
+                    key=rewards.parameters_key(read_parameters(self._reference_path())[0]),
+                    batch_rows=self.config.train.batch_size,
+                )
+            case "unit_tests":
+                return rewards.unit_tests()
+            case "reward_model":
+                return rewards.reward_model(self.config.reward.model, self.corpus.tokenizer)
+        raise ValueError(f"reward source {self.config.reward.source!r}: must be likelihood, unit_tests or reward_model")
+
+
+def _load_reference(
+    config: ConfigDict, backend: Backend, corpus: Corpus, device: Any, path: str | Path | None = None
+) -> Any:
+    path = path or config.reference.path
+    reference, metadata = backend.load_reference(path, device)
+    # A reference that scores whole texts for rewards is read at its next token, whatever its alignment is for weights.
+    alignment = "next_token" if config.weighting.algorithm == "critic-wmtp" else config.reference.alignment
+    compatible.check_reference(path, metadata, corpus, alignment=alignment, num_heads=config.model.heads.count)
+    return reference
+
+
+def _load_trunk(config: ConfigDict, corpus: Corpus, path: str | Path) -> tuple[Named, str]:
+    """The trunk's parameters without a value head that may have been trained beside them, and their hash."""
+    parameters, metadata = read_parameters(path)
+    compatible.check_trunk(path, metadata, _settings(config, corpus), corpus)
+    trunk = {name: leaf for name, leaf in parameters.items() if name.split(".")[0] != "value_head"}
+    return trunk, rewards.parameters_key(trunk)
+
+
+def _load_value_head(config: ConfigDict, corpus: Corpus, path: str | Path, trunk_key: str) -> tuple[Named, str]:
+    """A value head's parameters and their hash."""
+    parameters, metadata = read_parameters(path)
+    compatible.check_value_head(path, metadata, _settings(config, corpus), corpus, trunk=trunk_key)
+    return parameters, rewards.parameters_key(parameters)
+
+
+def _settings(config: ConfigDict, corpus: Corpus) -> dict[str, Any]:
+    settings = model_settings(config.model, corpus.tokenizer.vocabulary_size, config.data.sequence_length)
+    return dataclasses.asdict(settings)
+
+
+def _tracker(config: ConfigDict, workdir: Path, run_name: str, tags: dict[str, str]) -> Tracker:
+    return Tracker(
+        config.tracking.uri,
+        run_directory=workdir,
+        experiment=config.tracking.experiment,
+        run_name=run_name,
+        tags={"algorithm": config.weighting.algorithm, **tags},
+        parameters={key: str(value) for key, value in flatten(config)},
+    )
+
+
+@contextmanager
+def _status(tracker: Tracker | None):
+    """Tells the tracker how its block ended."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        if tracker is not None:
+            # Who sent a signal may follow it with SIGKILL after 30 s; the files keep what is not delivered by then.
+            tracker.finish(status, timeout=10.0 if status == "KILLED" else 60.0)
+
+
+def _hand_over(stage: Stage, tracker: Tracker | None) -> None:
+    if tracker is None:
+        return
+    for name in ("config.json", "summary.json", "curves.png", "tokenizer"):
+        if (stage.directory / name).exists():
+            tracker.artifact(stage.directory / name)
+
+
+# ---- what a stage tells at its end -----------------------------------------------------------------------------------
+
+
+def finish_model(
+    stage: Stage, *, step: int, skipped: int, best: int | None, batches: list[Batch], samples: list[dict[str, str]]
+) -> None:
+    """Writes `summary.json` and `curves.png`, and prints what was learned and where to look next.
+
+    Args:
+      stage: what was trained.
+      step: updates that were made.
+      skipped: of these, left out as non-finite.
+      best: the step of the best checkpoint.
+      batches: of the evaluation.
+      samples: `prompt` and `completion` each.
+    """
+    config, directory = stage.config, stage.directory
+    evaluations = [line for line in read_metrics(directory / "metrics.jsonl") if "eval/bits_per_byte" in line]
+    before, after = evaluations[0], evaluations[-1]
+    pairs = None
+    if config.eval.bigram:
+        seen = step * config.train.batch_size
+        pairs = bigram_metrics(stage.corpus, rows=seen, seed=config.train.seed, batches=batches)
+    facts = {
+        "algorithm": config.weighting.algorithm,
+        "steps": step,
+        "best_step": best,
+        "skipped": skipped,
+        "before": before,
+        "after": after,
+        "bigram": pairs,
+        "bigram_bits_per_byte": pairs and pairs["eval/bits_per_byte"],
+        "completions": samples,
+    }
+    write_json(directory / "summary.json", facts)
+    draw_curves(directory)
+    print(f"\n{stage.name} ({config.weighting.algorithm}), {step} steps")
+    print(summary.table(before, after, bigram=pairs))
+    if samples:
+        print("\n" + summary.completions(samples))
+    if stage.name == "train":
+        print("\n" + summary.facts("look next", summary.places(directory, config.tracking.uri, config.tracking.enabled)))
+
+
+def finish_values(stage: Stage, *, step: int, skipped: int, best: int) -> None:
+    """Writes `summary.json` and `curves.png` of a value stage, and prints what the head explains.
+
+    Args:
+      stage: what was trained.
+      step: updates that were made.
+      skipped: of these, left out as non-finite.
+      best: the step whose value loss is the lowest.
+    """
+    lines = [line for line in read_metrics(stage.directory / "metrics.jsonl") if "eval/explained_variance" in line]
+    by_step = {line["step"]: line for line in lines}
+    facts = {
+        "steps": step,
+        "best_step": best,
+        "skipped": skipped,
+        "value_loss": {str(number): line["eval/value_loss"] for number, line in by_step.items()},
+        "explained_variance": {str(number): line["eval/explained_variance"] for number, line in by_step.items()},
+        "rewards": stage.origins["rewards"],
+    }
+    write_json(stage.directory / "summary.json", facts)
+    draw_curves(stage.directory)
+    chosen = by_step[best]
+    print(
+        f"\nvalue head, {step} steps, best at {best}: explains {chosen['eval/explained_variance']:.1%} of the variance of "
+        f"held-out rewards (value loss {chosen['eval/value_loss']:.4f}, untrained {lines[0]['eval/value_loss']:.4f})"
+    )

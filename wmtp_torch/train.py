@@ -1,0 +1,276 @@
+"""Training in PyTorch: what the stages of an experiment (`wmtp_jax.stages`) and their loop (`wmtp_jax.loop`) are given to
+work with; the mirror of `wmtp_jax.train`.
+
+`train` is what `main.py` calls. `train_model` and `train_values` read top to bottom as a training does: model, optimizer,
+state, functions of a step, loop, summary.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+
+from wmtp_jax import loop, summary
+from wmtp_jax.cli import StopSignals
+from wmtp_jax.data.corpus import Corpus
+from wmtp_jax.data.pipeline import make_batch
+from wmtp_jax.errors import UserError
+from wmtp_jax.evaluation.metrics import evaluate, value_metrics
+from wmtp_jax.experiment import (
+    critic_settings,
+    model_settings,
+    optimizer_settings,
+    peak_learning_rate,
+    total_steps,
+    weighting_settings,
+)
+from wmtp_jax.flops import flops_per_token, measured_peak, peak_of, trunk_flops_per_token
+from wmtp_jax.records import StepMetrics, ValueMetrics
+from wmtp_jax.run_directory import CHECKPOINTS
+from wmtp_jax.stages import Stage, finish_model, finish_values, plan_rows, run_experiment
+from wmtp_torch.checkpoint import Checkpoints, load_model
+from wmtp_torch.critic import value_sums
+from wmtp_torch.model import Model, initial_parameters, merge
+from wmtp_torch.optimizer import Optimizer, make_schedule
+from wmtp_torch.train_step import (
+    Batch,
+    TrainState,
+    head_statistics,
+    initial_state,
+    inspect_tokens,
+    reference_token_loss,
+    shared_states,
+    token_values,
+    train_step,
+    value_step,
+)
+
+# `stages.Backend`, which this module is, and the command's entry.
+__all__ = ["choose_device", "load_reference", "next_token_loss", "print_plan", "train", "train_model", "train_values"]
+
+
+def train(config: ConfigDict, **options: Any) -> None:
+    """Trains what the configuration describes; `stages.run_experiment` says with what options and errors."""
+    run_experiment(config, sys.modules[__name__], **options)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name (mps, cuda, cpu), or the first of these that is there.
+
+    Raises:
+      UserError: there is no such device here.
+    """
+    present = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, there in present.items() if there))
+    if name not in present:
+        raise UserError(f"--device={name}: the torch backend knows mps, cuda and cpu")
+    if not present[name]:
+        raise UserError(f"--device={name}: not available here; leave the flag away for the best there is")
+    return torch.device(name)
+
+
+def print_plan(config: ConfigDict, corpus: Corpus, device: torch.device) -> None:
+    """What a run would do; what it needs of memory is the JAX backend's to say."""
+    settings = model_settings(config.model, corpus.tokenizer.vocabulary_size, config.data.sequence_length)
+    model = Model(settings, value_head=critic_settings(config) is not None)
+    rows = plan_rows(config, corpus, settings, sum(p.numel() for p in model.parameters()))
+    print(summary.facts("plan (--dry_run: nothing is trained)", [*rows, ("device", str(device))]))
+
+
+def load_reference(path: str | Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
+    model, metadata = load_model(path)
+    return model.to(device).requires_grad_(False), metadata
+
+
+def next_token_loss(
+    reference: Model, device: torch.device, tokens: np.ndarray, segment_ids: np.ndarray
+) -> np.ndarray:
+    batch = make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1)
+    return reference_token_loss(reference, _move(batch, device)).cpu().numpy()
+
+
+def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> None:
+    """Trains a model and its heads; with a critic, its value head beside them."""
+    config, settings = stage.config, stage.model
+    weighting, critic = weighting_settings(config), critic_settings(config)
+    steps, seed, chunk_size = total_steps(config, stage.corpus), config.train.seed, config.train.loss_chunk or None
+
+    # ---- model, optimizer, state -------------------------------------------------------------------------------------
+    if stage.trunk is None:
+        parameters = initial_parameters(settings, seed, value_head=critic is not None)
+    else:
+        parameters = {**stage.trunk, **stage.value_head}
+    model = merge(settings, _move(parameters, device))
+    parameters = {name: parameter.requires_grad_() for name, parameter in model.named_parameters()}
+    optimizer = Optimizer(optimizer_settings(config), steps, device=device)
+    rate = make_schedule(optimizer_settings(config), steps)
+
+    # ---- functions of a step -----------------------------------------------------------------------------------------
+    shared = {"settings": weighting, "critic": critic, "reference": stage.reference, "seed": seed, "chunk_size": chunk_size}
+    step = functools.partial(
+        train_step, model=model, optimizer=optimizer, accumulation=config.train.accumulation, **shared
+    )
+
+    # ---- evaluation --------------------------------------------------------------------------------------------------
+    token_bytes = torch.from_numpy(stage.corpus.tokenizer.token_bytes).to(device)
+    batches, token_batch = stage.evaluation_batches(), stage.token_batch()
+
+    def evaluate_state(state: TrainState) -> dict[str, float]:
+        metrics = evaluate(lambda b: _batch_sums(model, _move(b, device), token_bytes, chunk_size), batches)
+        if critic is not None:
+            metrics |= value_metrics(lambda b: _value_sums(model, _move(b, device), critic.discount), batches)
+        return metrics
+
+    def inspect_state(state: TrainState) -> dict[str, Any]:
+        entries = inspect_tokens(model, _move(token_batch, device), state.step, **shared)
+        return {**token_batch, **_numpy(entries)}
+
+    def measure(metrics: StepMetrics, step: int) -> dict[str, float]:
+        learning_rate = peak_learning_rate(config) * float(rate(step))
+        return metrics.named(learning_rate=learning_rate, critic=critic is not None)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+    count = sum(parameter.numel() for parameter in parameters.values())
+    training = stage.training(
+        "torch",
+        headline=f"{weighting.algorithm}, {settings.num_heads} {settings.head_kind} heads, {count:,} parameters, "
+        f"torch on {device.type}",
+        state=initial_state(parameters, optimizer),
+        update=lambda state, batch: step(state, _move(batch, device)),
+        measure=measure,
+        explain=_explain,
+        evaluate=evaluate_state,
+        inspect=inspect_state if token_batch is not None else None,
+        checkpoints=_checkpoints(stage),
+        flops_per_token=flops_per_token(settings, config.data.sequence_length),
+        peak_flops=_peak_flops(device),
+    )
+    state, best = loop.run(training, config, stage.directory, stage.corpus, signals, use_grain=False)
+
+    # ---- what it learned ---------------------------------------------------------------------------------------------
+    samples = stage.complete(functools.partial(_sample, model, device, config.eval.completion_temperature, seed))
+    finish_model(stage, step=state.step, skipped=int(state.skipped), best=best, batches=batches, samples=samples)
+    _release(device)
+
+
+def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> None:
+    """Trains a value head on a frozen model: stage 1 of the critic."""
+    config, settings, critic = stage.config, stage.model, critic_settings(stage.config)
+    steps = total_steps(config, stage.corpus)
+
+    # ---- model, optimizer, state -------------------------------------------------------------------------------------
+    fresh = initial_parameters(settings, config.train.seed, value_head=True)
+    head = {name: parameter for name, parameter in fresh.items() if name.startswith("value_head.")}
+    model = merge(settings, _move({**stage.trunk, **head}, device)).requires_grad_(False)
+    parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if name in head}
+    optimizer = Optimizer(optimizer_settings(config), steps, device=device)
+    rate = make_schedule(optimizer_settings(config), steps)
+
+    # ---- functions of a step -----------------------------------------------------------------------------------------
+    step = functools.partial(
+        value_step, model=model, optimizer=optimizer, critic=critic, accumulation=config.train.accumulation
+    )
+    batches = stage.evaluation_batches()
+
+    def measure(metrics: ValueMetrics, step: int) -> dict[str, float]:
+        return metrics.named(learning_rate=config.critic.learning_rate * float(rate(step)))
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+    count = sum(parameter.numel() for parameter in parameters.values())
+    training = stage.training(
+        "torch",
+        headline=f"value head of {count:,} parameters on a frozen model, rewards by {config.reward.source}, "
+        f"torch on {device.type}",
+        state=initial_state(parameters, optimizer),
+        update=lambda state, batch: step(state, _move(batch, device)),
+        measure=measure,
+        explain=_explain,
+        evaluate=lambda _: value_metrics(lambda b: _value_sums(model, _move(b, device), critic.discount), batches),
+        inspect=None,
+        checkpoints=_checkpoints(stage),
+        flops_per_token=trunk_flops_per_token(settings, config.data.sequence_length),
+        peak_flops=_peak_flops(device),
+    )
+    state, best = loop.run(training, config, stage.directory, stage.corpus, signals, use_grain=False)
+    finish_values(stage, step=state.step, skipped=int(state.skipped), best=best)
+    _release(device)
+
+
+# ---- pieces of the above ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _batch_sums(model: Model, batch: Batch, token_bytes: torch.Tensor, chunk_size: int | None) -> tuple:
+    """Sums over one batch: nats `[H]`, targets `[H]`, bytes of head 0's targets (scalar)."""
+    loss, mask = head_statistics(model, batch, chunk_size=chunk_size).loss, batch["mask"]
+    head_0_bytes = torch.where(mask[..., 0], token_bytes[batch["targets"][..., 0].long()], 0)
+    return tuple(x.cpu() for x in (torch.where(mask, loss, 0.0).sum((0, 1)), mask.sum((0, 1)), head_0_bytes.sum()))
+
+
+@torch.no_grad()
+def _value_sums(model: Model, batch: Batch, discount: float) -> tuple:
+    values = token_values(model, shared_states(model, batch))
+    sums = value_sums(values, batch["rewards"], batch["rewarded"], batch["segment_ids"], discount=discount)
+    return tuple(x.cpu() for x in sums)
+
+
+@torch.no_grad()
+def _sample(
+    model: Model, device: torch.device, temperature: float, seed: int, prompts: np.ndarray, new_tokens: int
+) -> np.ndarray:
+    """A forward pass over the whole row for every token: the plain way, fine for a few short samples."""
+    tokens, generator = torch.from_numpy(prompts).long(), torch.Generator().manual_seed(seed)
+    for _ in range(new_tokens):
+        batch = make_batch({"tokens": tokens.numpy(), "segment_ids": np.ones(tokens.shape)}, num_heads=1)
+        states, unembedding = model.head_groups(shared_states(model, b := _move(batch, device)), b["tokens"],
+                                                model.context(b["segment_ids"], b["positions"]), num_heads=1)[0]
+        logits = states.reshape(*tokens.shape, -1)[:, -1].float() @ unembedding.float().reshape(-1, unembedding.shape[-1])
+        chosen = (
+            torch.multinomial(torch.softmax(logits.cpu() / temperature, -1), 1, generator=generator)
+            if temperature
+            else logits.cpu().argmax(-1, keepdim=True)
+        )
+        tokens = torch.cat([tokens, chosen], dim=1)
+    return tokens.numpy()
+
+
+def _move(arrays: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    # A copy first: a memory map is read-only, and a CPU device would train in it.
+    tensors = {n: x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for n, x in arrays.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def _numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def _checkpoints(stage: Stage) -> Checkpoints:
+    c = stage.config.checkpoint
+    stage.directory.mkdir(parents=True, exist_ok=True)
+    return Checkpoints(stage.directory / CHECKPOINTS, keep_last=c.keep_last, best_metric=c.best_metric)
+
+
+def _explain(state: TrainState, metrics: Any) -> dict[str, Any]:
+    norms = {f"norm/{name}": p.detach().cpu().double().norm().numpy() for name, p in state.parameters.items()}
+    return {f"metrics/{name}": value.cpu().numpy() for name, value in metrics._asdict().items()} | norms
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return peak_of(torch.cuda.get_device_name(device))
+    return measured_peak(lambda size: torch.ones(size, size) @ torch.ones(size, size)) if device.type == "cpu" else None
+
+
+def _release(device: torch.device) -> None:
+    """Gives a finished stage's memory back to the device: allocators keep it for tensors of the same sizes."""
+    if device.type == "mps":
+        torch.mps.empty_cache()
+    elif device.type == "cuda":
+        torch.cuda.empty_cache()

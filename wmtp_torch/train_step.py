@@ -1,0 +1,353 @@
+"""One update: statistics -> weights -> loss -> gradients -> parameters; the mirror of `wmtp_jax.train_step`.
+
+Every algorithm takes the same path and differs in one call, `token_weights`. Nothing here waits for the device: what is not
+finite is left out by arithmetic, and numbers are read by whoever logs them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from wmtp_jax import algorithms
+from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss
+from wmtp_jax.settings import Critic, Weighting
+from wmtp_torch import weighting
+from wmtp_torch.critic import token_score, value_loss
+from wmtp_torch.losses import TokenStatistics, token_statistics, weighted_mean
+from wmtp_torch.model import Model, Parameters
+from wmtp_torch.optimizer import Optimizer, OptimizerState, global_norm
+
+Array = torch.Tensor
+# As in wmtp_jax.train_step.
+Batch = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """All that an update changes, in place but for `step`, the completed updates; `skipped` counts those left out as
+    non-finite (int32 scalar)."""
+
+    step: int
+    skipped: Array
+    parameters: Parameters
+    optimizer_state: OptimizerState
+
+
+# ---- statistics ----------------------------------------------------------------------------------------------------
+
+
+def head_statistics(model: Model, batch: Batch, *, chunk_size: int | None = None) -> TokenStatistics:
+    """Loss, entropy and Σp² of every (position, head), each `[B, S, H]` float32; H from `batch["targets"]`.
+
+    The loss is differentiable in the model's parameters, the others are not. Entries behind the mask are finite and mean
+    nothing.
+    """
+    return _statistics_and_states(model, batch, chunk_size=chunk_size)[0]
+
+
+def token_values(model: Model, shared: Array, *, train_trunk: bool = False) -> Array:
+    """The value after every token, `[B, S]` float32, from the hidden states that the heads share, `[B, S, D]`.
+
+    `train_trunk` lets gradients pass into those states.
+    """
+    return model.value_head(shared if train_trunk else shared.detach())
+
+
+def shared_states(model: Model, batch: Batch) -> Array:
+    """The hidden states that the heads share, `[B, S, D]`."""
+    return model.trunk(batch["tokens"], batch["positions"], model.context(batch["segment_ids"], batch["positions"]))
+
+
+def _statistics_and_states(model: Model, batch: Batch, *, chunk_size: int | None) -> tuple[TokenStatistics, Array]:
+    context = model.context(batch["segment_ids"], batch["positions"])
+    shared = model.trunk(batch["tokens"], batch["positions"], context)
+    targets = batch["targets"]
+    groups, start = [], 0
+    for states, unembedding in model.head_groups(shared, batch["tokens"], context, num_heads=targets.shape[-1]):
+        stop = start + (unembedding.shape[0] if unembedding.ndim == 3 else states.shape[-2])
+        narrow = unembedding.to(states.dtype)
+        groups.append(token_statistics(states, narrow, targets[..., start:stop], chunk_size=chunk_size))
+        start = stop
+    return TokenStatistics(*(torch.cat(parts, dim=-1) for parts in zip(*groups, strict=True))), shared
+
+
+@torch.no_grad()
+def reference_loss(reference: Model, batch: Batch, *, alignment: str, chunk_size: int | None = None) -> Array:
+    """The reference's loss on every (position, head)'s target, `[B, S, H]`, without gradient.
+
+    `next_token`: of target x[s+1+k] given its own prefix x[<= s+k]; `same_prefix`: given x[<= s], from the reference's
+    own head k.
+    """
+    num_heads = batch["targets"].shape[-1]
+    if alignment == "same_prefix":
+        return head_statistics(reference, batch, chunk_size=chunk_size).loss
+    return weighting.align_to_heads(reference_token_loss(reference, batch, chunk_size=chunk_size), num_heads=num_heads)
+
+
+@torch.no_grad()
+def reference_token_loss(reference: Model, batch: Batch, *, chunk_size: int | None = None) -> Array:
+    """The reference's next-token loss by token, `[B, S]`, without gradient: entry t is -log P(x[t] | x[<t]), 0 at a segment's
+    first token."""
+    next_token = {**batch, "targets": batch["targets"][..., :1]}
+    loss = head_statistics(reference, next_token, chunk_size=chunk_size).loss[..., 0]
+    # The loss of token x[t] is made at t - 1.
+    by_token = torch.where(batch["positions"][:, 1:] > 0, loss[:, :-1], 0.0)
+    return torch.nn.functional.pad(by_token, (1, 0))
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+token_weights = functools.partial(algorithms.token_weights, torch, weighting)
+
+
+@torch.no_grad()
+def _batch_weights(
+    settings: Weighting,
+    critic: Critic | None,
+    statistics: TokenStatistics,
+    batch: Batch,
+    step: int,
+    seed: int,
+    reference_loss: Array | None,
+    values: Array | None,
+) -> Array:
+    mask, score = batch["mask"], None
+    if step < settings.start_step:
+        return weighting.uniform(mask)
+    if settings.needs_values:
+        score = token_score(values, batch["rewards"], batch["segment_ids"], critic=critic)
+    statistics = TokenStatistics(*(entry.detach() for entry in statistics))
+    weights = token_weights(settings, statistics, mask, reference_loss=reference_loss, token_score=score)
+    if settings.permute:
+        # A function of (seed, step), as in JAX, but not the same numbers: the generators differ.
+        generator = torch.Generator().manual_seed(seed << 32 | step)
+        noise = torch.rand(mask.shape, generator=generator).to(mask.device, non_blocking=True)
+        weights = weighting.permute(weights, mask, noise)
+    return weights
+
+
+# ---- loss and gradients --------------------------------------------------------------------------------------------
+
+
+def loss_and_gradients(
+    model: Model,
+    batch: Batch,
+    *,
+    settings: Weighting,
+    critic: Critic | None = None,
+    reference: Model | None = None,
+    step: int = 0,
+    seed: int = 0,
+    accumulation: int = 1,
+    chunk_size: int | None = None,
+) -> WeightedLoss:
+    """The weighted loss of a batch and its gradient in the model's parameters that require one.
+
+    With `accumulation` A > 1 the rows go through in A parts; loss and gradient are those of the whole batch up to
+    rounding. Weights of batch or head scope then cost one more forward pass, which collects the statistics first.
+
+    Args:
+      model: with its parameters.
+      batch: see `Batch`; B a multiple of `accumulation`.
+      settings: which weights.
+      critic: how the model's value head learns beside the heads, and what its values say; None: there is none.
+      reference: the reference model, where the algorithm needs one and the batch holds no stored losses.
+      step: completed updates.
+      seed: of the random permutation (`settings.permute`).
+      accumulation: parts.
+      chunk_size: tokens whose logits are held at once; None leaves it to the loss.
+    """
+    # With padding, heads and parts have different numbers of valid entries: one global denominator keeps the mean a mean.
+    denominator = batch["mask"].sum().float()
+    value_denominator = batch["rewarded"].sum().float() if critic else None
+
+    def weigh(statistics: TokenStatistics, part: Batch, part_reference: Array | None, values: Array | None) -> Array:
+        return _batch_weights(settings, critic, statistics, part, step, seed, part_reference, values)
+
+    def reference_of(part: Batch) -> Array | None:
+        if not settings.needs_reference:
+            return None
+        if "reference_loss" in part:
+            return weighting.align_to_heads(part["reference_loss"], num_heads=part["mask"].shape[-1])
+        return reference_loss(reference, part, alignment=settings.alignment, chunk_size=chunk_size)
+
+    def forward(part: Batch) -> tuple[TokenStatistics, Array | None]:
+        statistics, shared = _statistics_and_states(model, part, chunk_size=chunk_size)
+        return statistics, token_values(model, shared, train_trunk=critic.train_trunk) if critic else None
+
+    batches, given = _parts(batch, accumulation), [None] * accumulation
+    if accumulation > 1 and not settings.is_local:
+        with torch.no_grad():
+            collected = [(*forward(part), reference_of(part)) for part in batches]
+        statistics, values, references = zip(*collected, strict=True)
+        statistics = TokenStatistics(*map(_whole, zip(*statistics, strict=True)))
+        values, references = (None if parts[0] is None else _whole(parts) for parts in (values, references))
+        weights = weigh(statistics, batch, references, values)
+        given = [part["weights"] for part in _parts({"weights": weights}, accumulation)]
+
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients: Parameters = {}
+    loss = of_values = denominator.new_zeros(())
+    entries = []
+    for part, part_weights in zip(batches, given, strict=True):
+        statistics, values = forward(part)
+        weights = weigh(statistics, part, reference_of(part), values) if part_weights is None else part_weights
+        part_loss = total = weighted_mean(statistics.loss, weights, part["mask"], denominator=denominator)
+        if critic:
+            part_value_loss = value_loss(
+                values, part["rewards"], part["rewarded"], part["segment_ids"],
+                critic=critic, denominator=value_denominator,
+            )  # fmt: skip
+            total = part_loss + critic.coefficient * part_value_loss
+            of_values = of_values + part_value_loss.detach()
+        loss = loss + part_loss.detach()
+        _add(gradients, parameters, total)
+        entries.append((statistics.loss.detach(), weights))
+    losses, weights = (_whole(parts) for parts in zip(*entries, strict=True))
+    return WeightedLoss(loss, of_values, gradients, losses, weights)
+
+
+def _add(gradients: Parameters, parameters: Parameters, loss: Array) -> None:
+    """Adds the gradient of `loss` in every parameter to `gradients`, which starts empty."""
+    new = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+    for name, gradient in zip(parameters, new, strict=True):
+        gradients[name] = gradients[name].add_(gradient) if name in gradients else gradient
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """The rows of a batch in `count` parts; row r goes to part r % count, as in JAX."""
+    return [{name: x[number::count] for name, x in batch.items()} for number in range(count)]
+
+
+def _whole(parts: tuple[Array, ...]) -> Array:
+    """What `_parts` took apart."""
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+# ---- the update ----------------------------------------------------------------------------------------------------
+
+
+def masked_head_means(loss: Array, mask: Array) -> Array:
+    """Unweighted mean of `loss [..., S, H]` over the valid entries of every head, `[H]`; 0 for a head without any."""
+    axes = tuple(range(mask.ndim - 1))
+    counts = mask.sum(dim=axes).to(loss.dtype)
+    return torch.where(mask, loss, 0.0).sum(dim=axes) / counts.clamp(min=1.0)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: Model,
+    optimizer: Optimizer,
+    settings: Weighting,
+    critic: Critic | None = None,
+    reference: Model | None = None,
+    seed: int = 0,
+    accumulation: int = 1,
+    chunk_size: int | None = None,
+) -> tuple[TrainState, StepMetrics]:
+    """One update. Where loss or gradient is not finite, parameters and optimizer stay as they were and `finite` is False.
+
+    `state.parameters` are those of `model`, changed in place.
+    """
+    done = loss_and_gradients(
+        model,
+        batch,
+        settings=settings,
+        critic=critic,
+        reference=reference,
+        step=state.step,
+        seed=seed,
+        accumulation=accumulation,
+        chunk_size=chunk_size,
+    )
+    # Of the model alone: a figure that means the same for every algorithm. Before the update, which clips in place.
+    norm = global_norm([g for name, g in done.gradients.items() if not name.startswith("value_head.")])
+    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer)
+    metrics = StepMetrics(
+        loss=done.loss,
+        ce_head=masked_head_means(done.losses, batch["mask"]),
+        value_loss=done.value_loss,
+        weight_entropy=weighting.weight_entropy(done.weights, batch["mask"]),
+        effective_sample_fraction=weighting.effective_sample_fraction(done.weights, batch["mask"]),
+        grad_norm=norm,
+        finite=finite,
+    )
+    return state, metrics
+
+
+def value_step(
+    state: TrainState, batch: Batch, *, model: Model, optimizer: Optimizer, critic: Critic, accumulation: int = 1
+) -> tuple[TrainState, ValueMetrics]:
+    """One update of the value head on a frozen model: the critic's first stage. No head makes a logit.
+
+    Args:
+      state: its parameters are those under `value_head.` and nothing else, changed in place.
+      batch: with `rewards` and `rewarded`; see `Batch`.
+      model: of which only the value head changes.
+      optimizer: for `state.parameters`.
+      critic: discount and decay of the returns.
+      accumulation: parts that the rows go through in.
+    """
+    denominator = batch["rewarded"].sum().float()
+    gradients: Parameters = {}
+    loss = denominator.new_zeros(())
+    for part in _parts(batch, accumulation):
+        with torch.no_grad():
+            shared = shared_states(model, part)
+        values = token_values(model, shared)
+        part_loss = value_loss(
+            values, part["rewards"], part["rewarded"], part["segment_ids"], critic=critic, denominator=denominator
+        )
+        loss = loss + part_loss.detach()
+        _add(gradients, state.parameters, part_loss)
+    norm = global_norm(list(gradients.values()))
+    state, finite = _apply(state, loss, gradients, optimizer)
+    return state, ValueMetrics(loss, norm, finite)
+
+
+def _apply(
+    state: TrainState, loss: Array, gradients: Parameters, optimizer: Optimizer
+) -> tuple[TrainState, Array]:
+    """The state after an update, or as it was but counted where loss or gradient is not finite, and which of the two."""
+    finite = torch.isfinite(loss) & torch.isfinite(global_norm(list(gradients.values())))
+    optimizer.update(state.parameters, gradients, state.optimizer_state, finite=finite)
+    return state._replace(step=state.step + 1, skipped=state.skipped + (~finite).int()), finite
+
+
+@torch.no_grad()
+def inspect_tokens(
+    model: Model,
+    batch: Batch,
+    step: int,
+    *,
+    settings: Weighting,
+    critic: Critic | None = None,
+    reference: Model | None = None,
+    seed: int = 0,
+    chunk_size: int | None = None,
+) -> dict[str, Array]:
+    """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and, where there is a
+    reference, `reference_loss`, each `[B, S, H]`; with a critic, `value [B, S]`. The weights are those that an update after
+    `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
+    statistics, shared = _statistics_and_states(model, batch, chunk_size=chunk_size)
+    entries = {"loss": statistics.loss, "entropy": statistics.entropy}
+    if reference is not None:
+        entries["reference_loss"] = reference_loss(
+            reference, batch, alignment=settings.alignment, chunk_size=chunk_size
+        )
+    if critic:
+        entries["value"] = token_values(model, shared)
+    known, values = entries.get("reference_loss"), entries.get("value")
+    entries["weight"] = _batch_weights(settings, critic, statistics, batch, step, seed, known, values)
+    return entries
+
+
+def initial_state(parameters: Parameters, optimizer: Optimizer) -> TrainState:
+    """The state before the first update."""
+    state = optimizer.init(parameters)
+    return TrainState(0, torch.zeros_like(state.count), parameters, state)
