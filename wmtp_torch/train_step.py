@@ -190,7 +190,7 @@ def loss_and_gradients(
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients: Parameters = {}
-    loss = of_values = denominator.new_zeros(())
+    loss = of_values = torch.zeros_like(denominator)
     entries = []
     for part, part_weights in zip(batches, given, strict=True):
         statistics, values = forward(part)
@@ -295,7 +295,7 @@ def value_step(
     """
     denominator = batch["rewarded"].sum().float()
     gradients: Parameters = {}
-    loss = denominator.new_zeros(())
+    loss = torch.zeros_like(denominator)
     for part in _parts(batch, accumulation):
         with torch.no_grad():
             shared = shared_states(model, part)
