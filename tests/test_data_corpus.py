@@ -12,6 +12,7 @@ import pytest
 
 from wmtp_jax.data import cache, packing
 from wmtp_jax.data.corpus import load_corpus
+from wmtp_jax.data.order import permute
 from wmtp_jax.errors import UserError
 
 SETTINGS = dict(sequence_length=32, vocabulary_size=300, validation_fraction=0.2)
@@ -116,6 +117,40 @@ def test_packing_equals_the_literal_one_whatever_the_block(monkeypatch, at_once)
     labels = [document[0] for document in documents for _ in document]
     np.testing.assert_array_equal(found["labels"].ravel()[: len(labels)], labels)
     assert np.isnan(found["labels"].ravel()[len(labels) :]).all()
+
+
+def test_documents_are_shuffled_by_groups_and_single_ones_as_ever(tmp_path):
+    def order(joined, at_once=3):
+        store = packing.TokenStore(tmp_path, np.dtype(np.uint16))
+        documents = [packing.Packable(np.full(1 + n % 4, n), np.full(1 + n % 4, n > 2), n / 4, j) for n, j in joined]
+        for start in range(0, len(documents), at_once):
+            store.append(documents[start : start + at_once])
+        found = list(store.shuffled())
+        for document in found:
+            expected = documents[int(document.tokens[0])]
+            for actual, wanted in zip(document[:3], expected[:3], strict=True):
+                np.testing.assert_array_equal(actual, wanted)
+        assert [document.joined for document in found] == [
+            joined[int(d.tokens[0])][1] and i > 0 for i, d in enumerate(found)
+        ]
+        return [int(document.tokens[0]) for document in found]
+
+    alone = [(n, False) for n in range(12)]
+    assert order(alone) == [int(permute(np.array([n]), 12, ("documents",))[0]) for n in range(12)]
+    grouped = [(n, n % 3 > 0) for n in range(12)]
+    groups = [int(permute(np.array([n]), 4, ("documents",))[0]) for n in range(4)]
+    assert order(grouped, 12) == order(grouped, 2) == [3 * group + n for group in groups for n in range(3)]
+
+
+def test_a_corpus_of_before_there_were_more_columns_is_opened(tmp_path):
+    name, settings = write_files(tmp_path / "files"), SETTINGS | {"cache_dir": str(tmp_path / "c")}
+    corpus = load_corpus([name], **settings)
+    manifest = json.loads((corpus.directory / "manifest.json").read_text())
+    old = {key: value for key, value in manifest.items() if key not in ("columns", "too_long", "labelled")}
+    assert len(old) < len(manifest)
+    (corpus.directory / "manifest.json").write_text(json.dumps(old))
+    again = load_corpus([name], **settings)
+    assert again.summary() == corpus.summary() and again.sources[0].labels is None
 
 
 def test_the_same_files_give_the_same_bytes_elsewhere(tmp_path):

@@ -14,13 +14,14 @@ import scipy.stats
 from flax import nnx
 
 from tests.test_model import GPT2, KINDS, LLAMA, random_model
+from wmtp_jax import decoding
 from wmtp_jax import generate as module
 from wmtp_jax.data.tokenizer import train_bpe
 from wmtp_jax.errors import UserError
 from wmtp_jax.generate import generate
 from wmtp_jax.model import Model, ModelSettings, merge, split
 from wmtp_jax.model.cached import empty_caches, read, unembed, unroll
-from wmtp_jax.sampling import Sampling, probabilities
+from wmtp_jax.sampling import Randomness, Sampling, choose, probabilities
 
 V, S, H = 6, 24, 3
 # Few tokens, so that drafts of random heads are right now and then.
@@ -55,15 +56,6 @@ def naive(model, prompt, count):
     for _ in range(count):
         tokens.append(int(next_logits(model, tokens)[0].argmax()))
     return tokens[len(prompt) :]
-
-
-def naive_drafts(model, tokens):
-    """What heads 1 and on say after the last token but one, by full forward passes; `sequential` ones read their drafts."""
-    known, drafts = list(tokens), []
-    for k in range(1, model.settings.num_heads):
-        logits = np.asarray(model.logits(padded(known + drafts)))[0, len(known) - 2, k]
-        drafts.append(int(logits.argmax()))
-    return drafts
 
 
 # ---- greedy --------------------------------------------------------------------------------------------------------
@@ -102,19 +94,32 @@ def test_greedy_takes_the_likeliest_token_of_the_full_prefix_with_and_without_dr
 
     drafted = generate(split(model), PROMPTS, max_new_tokens=NEW, batch_size=3, speculative=True)
     assert [row.tolist() for row in drafted.tokens] == wanted
-    passes, kept = 0, [0] * H
-    for prompt, new in zip(PROMPTS, wanted, strict=True):
-        done = 0
-        while done < NEW:
-            # Before the first pass no head has spoken: token 0 stands where the drafts will.
-            drafts = naive_drafts(model, [*prompt, *new[:done]]) if done else [0] * (H - 1)
-            wanted_next = naive(model, [*prompt, *new[:done]], H - 1)
-            right = next((j for j in range(H - 1) if drafts[j] != wanted_next[j]), H - 1)
-            if done:
-                kept[right] += 1
-            passes, done = passes + 1, done + right + 1
-    assert drafted.statistics.kept == tuple(kept) and drafted.statistics.passes == passes
-    assert drafted.statistics.tokens_per_pass == NEW * len(PROMPTS) / passes
+
+
+@pytest.mark.parametrize("base, kind", MODELS)
+def test_drafts_are_what_the_heads_say_in_full_forward_passes(base, kind):
+    """Sampled, so that every number of drafts is kept now and then, and the caches of what was rejected must be renewed."""
+    model, temperature = model_of(base, kind), 4.0 if base == "gpt2" else 1.5
+    weights, key, slots = unroll(model, drafting=True), jax.random.key(2), 2 * S
+    state = decoding.empty_state(weights, rows=3, slots=slots, sampled=True)
+    for row, prompt in enumerate([PROMPTS[0], PROMPTS[1], PROMPTS[2]]):
+        tokens = jnp.asarray(np.pad([prompt], ((0, 0), (0, slots - len(prompt)))), jnp.int32)
+        caches = decoding.prefill(weights, tokens, len(prompt) // 4 + 1, width=4)
+        state = decoding.insert(state, caches, tokens, row=row, length=len(prompt), limit=S - H, name=row)
+    steps, sampling, no_stops = np.zeros(H, int), Sampling(temperature), jnp.zeros(0, jnp.int32)
+    while (active := np.asarray(state.active)).any():
+        before = np.asarray(state.length)
+        state = decoding.decode(weights, state, sampling, key, no_stops, passes=1, floor=0)
+        at = jax.device_get(state._replace(caches=None))
+        for row in np.flatnonzero(active & at.active):
+            length = at.length[row]
+            steps[length - before[row] - 1] += at.passes[row] > 1
+            for k in range(1, H):
+                # Depth k of `sequential` heads reads the drafts before its own.
+                logits = np.asarray(model.logits(at.tokens[row : row + 1, :S]))[0, length - 2, k]
+                wanted = filtered(logits, temperature, None, 2.0)
+                np.testing.assert_allclose(at.draft_probabilities[row, k - 1], wanted, atol=1e-5)
+    assert (steps > 0).all() and (at.kept >= steps).all() and at.kept.sum() == (at.passes - 1).sum()
 
 
 def counting_model(heads=4, vocabulary=257, cycle=None):
@@ -163,6 +168,28 @@ def test_top_k_and_top_p_equal_sorting(top_k, top_p):
     wanted = np.apply_along_axis(filtered, -1, logits, 0.7, top_k, 2.0 if top_p is None else top_p)
     np.testing.assert_array_equal(ours > 0, wanted > 0)
     np.testing.assert_allclose(ours, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_rejection_sampling_of_one_position():
+    """The token's distribution is p, and a draft is kept with probability sum min(p, q); 4 standard deviations."""
+    count = 200_000
+    p, q = np.random.default_rng(1).dirichlet([0.8] * 5, size=2)
+
+    @jax.jit
+    def run(key):
+        randomness = Randomness(key, jnp.arange(count))
+        places = jnp.full((count, 2), 9)
+        drafts = randomness.draw(jnp.broadcast_to(jnp.float32(q), (count, 1, 5)), places[:, :1], draft=True)
+        logits = jnp.broadcast_to(jnp.log(jnp.float32(p)), (count, 2, 5))
+        given = jnp.broadcast_to(jnp.float32(q), (count, 1, 5))
+        return choose(logits, drafts, given, places, Sampling(1.0), randomness)
+
+    tokens, kept = map(np.asarray, run(jax.random.key(0)))
+    share = np.minimum(p, q).sum()
+    assert 0.3 < share < 0.9
+    assert abs(kept.mean() - share) < 4 * np.sqrt(share * (1 - share) / count)
+    counts = np.bincount(tokens[:, 0], minlength=5)
+    assert (np.abs(counts / count - p) < 4 * np.sqrt(p * (1 - p) / count)).all()
 
 
 @functools.cache

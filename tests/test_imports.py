@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent.parent
 WITHOUT_JAX = [
     "wmtp_jax.cli", "wmtp_jax.compatible", "wmtp_jax.config", "wmtp_jax.experiment", "wmtp_jax.loop", "wmtp_jax.rewards",
     "wmtp_jax.stages", "wmtp_jax.parameters_file", "wmtp_jax.flops", "wmtp_jax.evaluation.metrics", "wmtp_jax.data.bigram",
+    "wmtp_jax.data.build", "wmtp_jax.data.mutate", "wmtp_jax.data.judging", "wmtp_jax.data.problems",
+    "wmtp_jax.data.tfds_builders",
     "wmtp_jax.data.corpus", "wmtp_jax.data.pipeline",
     "wmtp_jax.data.targets", "wmtp_jax.data.tokenizer", "wmtp_jax.errors", "wmtp_jax.evaluation.pass_at_k",
     "wmtp_jax.evaluation.sandbox", "wmtp_jax.pretrained", "wmtp_jax.progress", "wmtp_jax.report.curves",

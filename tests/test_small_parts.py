@@ -1,4 +1,4 @@
-"""Small modules: early stopping, the meter, flops, sampling, summaries."""
+"""Small modules: early stopping, the meter, flops, summaries."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from wmtp_jax.devices import peak_flops
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.evaluation.metrics import evaluate
 from wmtp_jax.flops import flops_per_token
-from wmtp_jax.generate import sample
 from wmtp_jax.meter import Meter
-from wmtp_jax.model import Model, ModelSettings, merge, split
+from wmtp_jax.model import Model, ModelSettings, split
 from wmtp_jax.settings import Weighting
 from wmtp_jax.stopping import Stopping
 from wmtp_jax.train_step import loss_and_gradients
@@ -110,19 +109,6 @@ def test_every_head_kind_counts_its_own_layers():
 
 def test_a_cpus_peak_is_measured_and_positive():
     assert 1e8 < peak_flops(jax.devices("cpu")[0]) < 1e14
-
-
-def test_greedy_sampling_takes_the_likeliest_token_each_time():
-    definition, parameters = split(Model(SETTINGS, rngs=nnx.Rngs(0)))
-    prompts = jax.random.randint(jax.random.key(1), (2, 5), 0, 64)
-    got = np.asarray(
-        sample(parameters, prompts, jax.random.key(0), definition=definition, new_tokens=4, temperature=0.0)
-    )
-    tokens = np.asarray(prompts)
-    for _ in range(4):
-        logits = merge(definition, parameters).logits(tokens)
-        tokens = np.concatenate([tokens, np.asarray(logits[:, -1, 0].argmax(-1))[:, None]], axis=1)
-    np.testing.assert_array_equal(got, tokens)
 
 
 def test_summary_table_has_every_head_in_order():

@@ -12,10 +12,10 @@ import torch
 
 import wmtp_jax.checkpoint
 import wmtp_jax.train_step
+from wmtp_jax import step_directories
 from wmtp_jax.errors import UserError
 from wmtp_jax.parameters_file import read_parameters
 from wmtp_jax.run_directory import adopt, find_checkpoint
-from wmtp_torch import checkpoint as checkpoint_module
 from wmtp_torch.checkpoint import Checkpoints, load_model
 from wmtp_torch.optimizer import OptimizerState
 from wmtp_torch.train_step import TrainState
@@ -65,14 +65,14 @@ def test_round_trip_to_the_bit(checkpoints):
 
 def test_updates_go_on_while_a_save_is_written(checkpoints, monkeypatch):
     """What is written is what was there when `save` was called."""
-    state, written = make_state(1), checkpoint_module.write_arrays
+    state, written = make_state(1), step_directories.write_arrays
 
     def write_late(path, named, metadata):
         assert changed.wait(60)
         written(path, named, metadata)
 
     changed = threading.Event()
-    monkeypatch.setattr(checkpoint_module, "write_arrays", write_late)
+    monkeypatch.setattr(step_directories, "write_arrays", write_late)
     checkpoints.save(state, {})
     with torch.no_grad():
         for tensor in tensors_of(state):
@@ -115,7 +115,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_checkpoint(checkpoints, monk
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint_module, "write_arrays", fill_the_disk)
+    monkeypatch.setattr(step_directories, "write_arrays", fill_the_disk)
     checkpoints.save(make_state(2), {})
     with pytest.raises(UserError, match="no room left on its disk"):
         checkpoints.wait()

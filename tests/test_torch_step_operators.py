@@ -16,7 +16,7 @@ from wmtp_torch.optimizer import Optimizer
 from wmtp_torch.train_step import initial_state, inspect_tokens, train_step, value_step
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
-from test_training import (  # noqa: E402 - the same models and batches as the comparison with JAX
+from test_training import (
     ALGORITHMS,
     CRITICS,
     OPTIMIZER,

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and the update rule, number for number those of `wmtp_jax.optimizer`, which has them from optax.
+"""The update rule, number for number that of `wmtp_jax.optimizer`, which has it from optax.
 
 Own lines rather than `torch.optim`: nothing here waits for the device, not even to leave out an update that is not finite; the
 layers of a stack are one tensor, so there is little for fused kernels to win.
@@ -7,16 +7,15 @@ layers of a stack are one tensor, so there is little for fused kernels to win.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
+from wmtp_jax.schedule import make_schedule, parameter_kind
 from wmtp_jax.settings import OptimizerSettings
 
 Array = torch.Tensor
-# Tables and the heads' unembeddings: their rows are tokens, so Muon's orthogonal update does not suit them (Jordan et al. 2024).
-TABLES = ("embedding", "position_embedding", "unembedding")
 # Newton-Schulz, the momentum of Muon: the constants of its authors and of optax.
 _COEFFICIENTS, _ITERATIONS, _MOMENTUM = (3.4445, -4.7750, 2.0315), 5, 0.95
 
@@ -27,42 +26,6 @@ class OptimizerState(NamedTuple):
     count: Array
     first: dict[str, Array]
     second: dict[str, Array]
-
-
-def make_schedule(settings: OptimizerSettings, total_steps: int) -> Callable[[int], float]:
-    """Step (0-based) -> factor in [0, 1] of the highest learning rate.
-
-    Linear warm-up, then `cosine` to `final_fraction`, `wsd` (arXiv 2404.06395: stable, then a linear fall to
-    `final_fraction` over the last `decay_fraction` of the run) or `constant`. A warm-up longer than half the run is cut
-    to that, so that short tries of a recipe still reach its rate.
-    """
-    if settings.schedule not in ("cosine", "wsd", "constant"):
-        raise ValueError(f"schedule {settings.schedule!r}: must be cosine, wsd or constant")
-    warmup = min(settings.warmup_steps, total_steps // 2)
-    rest = max(total_steps - warmup, 1)
-    decay = max(round(settings.decay_fraction * total_steps), 1)
-    stable, final = max(rest - decay, 0), settings.final_fraction
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            # From 1/(warmup+1): a first step with rate 0 would be a step that learns nothing.
-            return (step + 1) / (warmup + 1)
-        match settings.schedule:
-            case "cosine":
-                return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min((step - warmup) / rest, 1)))
-            case "wsd":
-                return 1 - (1 - final) * min(max(step - warmup - stable, 0) / min(decay, rest), 1)
-        return 1.0
-
-    return factor
-
-
-def parameter_kind(name: str) -> str:
-    """`matrix`, `table` or `vector`: a matrix is a kernel `[in, out]`, or a stack of them; a table maps tokens or positions."""
-    last = name.split(".")[-1]
-    if last in TABLES or name == "heads":
-        return "table"
-    return "matrix" if last == "kernel" else "vector"
 
 
 def global_norm(tensors: list[Array]) -> Array:

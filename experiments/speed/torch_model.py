@@ -24,12 +24,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from wmtp_jax.data.targets import positions, shift_targets
-from wmtp_jax.settings import ModelSettings, OptimizerSettings, rotary_frequencies
-from wmtp_torch.losses import weighted_mean
+from wmtp_jax.settings import ModelSettings, OptimizerSettings, Weighting, rotary_frequencies
 from wmtp_torch.model import initial_parameters, merge
 from wmtp_torch.optimizer import Optimizer
-from wmtp_torch.train_step import head_statistics
-from wmtp_torch.weighting import uniform
+from wmtp_torch.train_step import initial_state, train_step
 
 OPTIMIZER = OptimizerSettings(
     name="adamw", learning_rate=1e-3, muon_learning_rate=0.02, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
@@ -112,16 +110,13 @@ def plain_step(settings: ModelSettings, batch: Batch) -> Callable[[], float]:
 
 def our_step(settings: ModelSettings, batch: Batch) -> Callable[[], float]:
     model = merge(settings, initial_parameters(settings, 0))
-    parameters = dict(model.named_parameters())
     optimizer = Optimizer(OPTIMIZER, 1000)
-    state = optimizer.init(parameters)
+    state = initial_state(dict(model.named_parameters()), optimizer)
 
     def step() -> float:
-        losses = head_statistics(model, batch).loss
-        loss = weighted_mean(losses, uniform(batch["mask"]), batch["mask"])
-        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
-        optimizer.update(parameters, gradients, state, finite=torch.isfinite(loss.detach()))
-        return loss.item()
+        nonlocal state
+        state, metrics = train_step(state, batch, model=model, optimizer=optimizer, settings=Weighting())
+        return metrics.loss.item()
 
     return step
 

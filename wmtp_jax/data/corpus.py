@@ -15,9 +15,10 @@ import numpy as np
 from wmtp_jax.data import cache, packing
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.documents import FIELDS, Document, digest_of
+from wmtp_jax.data.packer import SourcePacker, too_long_message
 from wmtp_jax.data.scan import DROPPED, SPLITS, Scan, read_documents, scan
 from wmtp_jax.data.sources import Source, open_source
-from wmtp_jax.data.tokenizer import MIN_BPE_VOCABULARY, Part, Tokenizer, load_tokenizer, train_bpe
+from wmtp_jax.data.tokenizer import MIN_BPE_VOCABULARY, Tokenizer, load_tokenizer, train_bpe
 from wmtp_jax.errors import UserError, disk_errors
 
 _log = logging.getLogger(__name__)
@@ -275,7 +276,7 @@ def _pack(
     too_long: list[int] = []
     targets = dict.fromkeys(SPLITS, 0)
     for number, source in enumerate(sources):
-        packer = _Packer(
+        packer = SourcePacker(
             tokenizer, sequence_length, scratch, whole=found.traits[number].parts, failed_in_loss=failed_in_loss
         )
         _log.info("tokenising %s: %d files", source.name, len(source.files))
@@ -293,7 +294,7 @@ def _pack(
             targets[side] += packer.targets[side]
         manifest["labelled"].append(labelled)
     if not any(counts["validation"]["documents"] for counts in manifest["counts"]):
-        raise UserError(_too_long("all documents held out", sequence_length, too_long))
+        raise UserError(too_long_message("all documents held out", sequence_length, too_long))
     for side in SPLITS:
         if not targets[side]:
             raise UserError(
@@ -303,75 +304,8 @@ def _pack(
     return manifest
 
 
-class _Packer:
-    """Tokenises one source's documents and writes their rows."""
-
-    def __init__(self, tokenizer: Tokenizer, sequence_length: int, scratch: Path, *, whole: bool, failed_in_loss: bool):
-        self._tokenizer, self._sequence_length = tokenizer, sequence_length
-        self._whole, self._failed_in_loss = whole, failed_in_loss
-        self._dtypes = packing.column_dtypes(sequence_length=sequence_length, vocabulary_size=tokenizer.vocabulary_size)
-        self._stores = {side: packing.TokenStore(scratch, self._dtypes["tokens"]) for side in SPLITS}
-        self._sizes = dict.fromkeys(SPLITS, 0)
-        self._linked = True
-        self.targets = dict.fromkeys(SPLITS, 0)  # tokens that may be targets
-        self.too_long: list[int] = []  # tokens of each document that is longer than a row
-
-    def add(self, batch: list[tuple[str, bool, Document]]) -> None:
-        """Takes documents, each with its side and whether it is of the same problem as the one before it."""
-        documents = [document for _, _, document in batch]
-        encoded = self._tokenizer.encode_parts(
-            [document.parts or (Part(document.text, True),) for document in documents]
-        )
-        packable: dict[str, list[packing.Packable]] = {side: [] for side in SPLITS}
-        for (side, joined, document), (ids, allowed) in zip(batch, encoded, strict=True):
-            # A chat template may have ended the text itself.
-            if not document.parts or not len(ids) or ids[-1] != self._tokenizer.end_of_text_id:
-                ids = np.append(ids, self._tokenizer.end_of_text_id)
-                allowed = np.append(allowed, document.parts[-1].target if document.parts else True)
-            joined &= self._linked
-            if self._whole and len(ids) > self._sequence_length:
-                self.too_long.append(len(ids))
-                self._linked = joined  # else the next one would join another problem
-                continue
-            self._linked = True
-            if document.label is False and not self._failed_in_loss:
-                allowed = np.zeros_like(allowed)
-            label = np.nan if document.label is None else float(document.label)
-            packable[side].append(packing.Packable(ids, allowed, label, joined))
-            self._sizes[side] += len(document.text.encode())
-            self.targets[side] += int(allowed.sum())
-        for side, store in self._stores.items():
-            store.append(packable[side])
-
-    def check(self, name: str) -> None:
-        """Refuses a source of which nothing is left to train on."""
-        if not self._stores["train"].documents:
-            raise UserError(_too_long(f"all training documents of {name}", self._sequence_length, self.too_long))
-
-    def write(self, columns: list[str], paths_of: Callable[[str], Callable[[str], Path]]) -> dict[str, dict[str, int]]:
-        """Writes the rows of both sides; returns the counts of each."""
-        counts = {}
-        for side, store in self._stores.items():
-            rows = packing.write_columns(
-                paths_of(side),
-                packing.pack(store.shuffled(), sequence_length=self._sequence_length, whole=self._whole),
-                dtypes={name: self._dtypes[name] for name in columns}, sequence_length=self._sequence_length,
-            )  # fmt: skip
-            size = self._sizes[side]
-            counts[side] = {"documents": store.documents, "tokens": store.tokens, "bytes": size, "rows": rows}
-            store.close()
-        return counts
-
-
-def _too_long(what: str, sequence_length: int, sizes: list[int]) -> str:
-    return (
-        f"config.data.sequence_length = {sequence_length}: {what} are longer than a row (prompts and completions are not "
-        f"cut); the shortest of them has {min(sizes)} tokens"
-    )
-
-
 def _kept_documents(source: Source, number: int, found: Scan) -> Iterator[list[tuple[str, bool, Document]]]:
-    """The documents of a source that the scan kept, some megabytes at a time, as `_Packer.add` takes them."""
+    """The documents of a source that the scan kept, some megabytes at a time, as `SourcePacker.add` takes them."""
     record = int(np.searchsorted(found.records["source"], number))
     end = int(np.searchsorted(found.records["source"], number, side="right"))
     batch: list[tuple[str, bool, Document]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -95,9 +96,19 @@ def build(name: str, splits: Splits, data_dir: Path, scratch: Path) -> None:
       splits: the problems of each split.
       data_dir: as `data_directory` has it.
       scratch: a directory for what TFDS wants to put elsewhere.
+
+    Raises:
+      OSError: `data_dir` can't be written to.
     """
     tfds.disable_progress_bar()
-    BUILDERS[name](splits=splits, data_dir=data_dir).download_and_prepare(download_dir=scratch)
+    try:
+        BUILDERS[name](splits=splits, data_dir=data_dir).download_and_prepare(download_dir=scratch)
+    except RuntimeError as error:
+        # array_record reports the operating system's errors in its own words around these.
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number)) from error
+        raise
 
 
 def built_files(spec: str) -> dict[Path, str]:
@@ -117,10 +128,8 @@ def built_files(spec: str) -> dict[Path, str]:
         raise UserError(f"config.data.sources: tfds:{spec}: unknown set {name!r}; known are {', '.join(BUILDERS)}")
     directory = built_directory(name, data_directory())
     if not (directory / "dataset_info.json").is_file():
-        raise UserError(
-            f"config.data.sources: tfds:{spec} is not built (nothing in {directory}): python -m wmtp_jax.data.build {name} "
-            "--input=PATH"
-        )
+        command = f"python -m wmtp_jax.data.build {name}" + ("" if name == "humaneval" else " --input=PATH")
+        raise UserError(f"config.data.sources: tfds:{spec} is not built (nothing in {directory}); {command}")
     found: dict[str, list[Path]] = {}
     for path in sorted(directory.iterdir()):
         if match := _FILE.fullmatch(path.name):
@@ -164,6 +173,6 @@ def _python(value: object) -> object:
     """What numpy makes of a feature, as a problem has it."""
     if isinstance(value, bytes):
         return value.decode()
-    if isinstance(value, np.integer):
+    if isinstance(value, (int, np.integer)):
         return int(value)
     return tuple(item.decode() for item in value)

@@ -1,0 +1,82 @@
+"""One source's documents to rows on disk: cut into tokens, with what may be a target and what is known about each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from wmtp_jax.data import packing
+from wmtp_jax.data.documents import Document
+from wmtp_jax.data.scan import SPLITS
+from wmtp_jax.data.tokenizer import Part, Tokenizer
+from wmtp_jax.errors import UserError
+
+
+class SourcePacker:
+    """Tokenises one source's documents and writes their rows."""
+
+    def __init__(self, tokenizer: Tokenizer, sequence_length: int, scratch: Path, *, whole: bool, failed_in_loss: bool):
+        self._tokenizer, self._sequence_length = tokenizer, sequence_length
+        self._whole, self._failed_in_loss = whole, failed_in_loss
+        self._dtypes = packing.column_dtypes(sequence_length=sequence_length, vocabulary_size=tokenizer.vocabulary_size)
+        self._stores = {side: packing.TokenStore(scratch, self._dtypes["tokens"]) for side in SPLITS}
+        self._sizes = dict.fromkeys(SPLITS, 0)
+        self._linked = True
+        self.targets = dict.fromkeys(SPLITS, 0)  # tokens that may be targets
+        self.too_long: list[int] = []  # tokens of each document that is longer than a row
+
+    def add(self, batch: list[tuple[str, bool, Document]]) -> None:
+        """Takes documents, each with its side and whether it is of the same problem as the one before it."""
+        documents = [document for _, _, document in batch]
+        encoded = self._tokenizer.encode_parts(
+            [document.parts or (Part(document.text, True),) for document in documents]
+        )
+        packable: dict[str, list[packing.Packable]] = {side: [] for side in SPLITS}
+        for (side, joined, document), (ids, allowed) in zip(batch, encoded, strict=True):
+            # A chat template may have ended the text itself.
+            if not document.parts or not len(ids) or ids[-1] != self._tokenizer.end_of_text_id:
+                ids = np.append(ids, self._tokenizer.end_of_text_id)
+                allowed = np.append(allowed, document.parts[-1].target if document.parts else True)
+            joined &= self._linked
+            if self._whole and len(ids) > self._sequence_length:
+                self.too_long.append(len(ids))
+                self._linked = joined  # else the next one would join another problem
+                continue
+            self._linked = True
+            if document.label is False and not self._failed_in_loss:
+                allowed = np.zeros_like(allowed)
+            label = np.nan if document.label is None else float(document.label)
+            packable[side].append(packing.Packable(ids, allowed, label, joined))
+            self._sizes[side] += len(document.text.encode())
+            self.targets[side] += int(allowed.sum())
+        for side, store in self._stores.items():
+            store.append(packable[side])
+
+    def check(self, name: str) -> None:
+        """Refuses a source of which nothing is left to train on."""
+        if not self._stores["train"].documents:
+            raise UserError(too_long_message(f"all training documents of {name}", self._sequence_length, self.too_long))
+
+    def write(self, columns: list[str], paths_of: Callable[[str], Callable[[str], Path]]) -> dict[str, dict[str, int]]:
+        """Writes the rows of both sides; returns the counts of each."""
+        counts = {}
+        for side, store in self._stores.items():
+            rows = packing.write_columns(
+                paths_of(side),
+                packing.pack(store.shuffled(), sequence_length=self._sequence_length, whole=self._whole),
+                dtypes={name: self._dtypes[name] for name in columns}, sequence_length=self._sequence_length,
+            )  # fmt: skip
+            size = self._sizes[side]
+            counts[side] = {"documents": store.documents, "tokens": store.tokens, "bytes": size, "rows": rows}
+            store.close()
+        return counts
+
+
+def too_long_message(what: str, sequence_length: int, sizes: list[int]) -> str:
+    """What to tell where no document fits a row; `sizes` are their tokens."""
+    return (
+        f"config.data.sequence_length = {sequence_length}: {what} are longer than a row (prompts and completions are not "
+        f"cut); the shortest of them has {min(sizes)} tokens"
+    )
