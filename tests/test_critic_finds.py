@@ -17,6 +17,8 @@ from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.settings import Critic, OptimizerSettings, Weighting
 from wmtp_jax.train_step import initial_state, shared_states, token_values, token_weights, train_step, value_step
 
+pytestmark = pytest.mark.slow
+
 B, S, V = 32, 100, 24
 GOOD, BAD = V - 2, V - 1
 SETTINGS = ModelSettings(

@@ -157,12 +157,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--remat", default="none", help="ours alone: none, layer or dots")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1 where other work would preempt one")
     a = parser.parse_args()
+    torch.set_num_threads(a.threads)
     settings = ModelSettings(
         vocabulary_size=a.vocabulary, width=a.width, layers=a.layers, attention_heads=a.width // 32, kv_heads=a.width // 32,
         head_dim=32, mlp_width=a.width * 11 // 4, max_positions=a.length, num_heads=a.heads, head_kind="linear", remat=a.remat,
     )  # fmt: skip
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {vars(a)}, float32")
+    print(f"{platform.machine()}, torch {torch.__version__}, {vars(a)}, float32")
     memory = {}
     os.environ["MALLOC_TOP_PAD_"] = "0"  # for the processes that are started
     for name in STEPS:
