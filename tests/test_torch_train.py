@@ -161,6 +161,10 @@ def test_resuming_the_other_backends_training_is_refused(finished, finished_in_j
         with pytest.raises(UserError, match=f"wmtp_{other}") as caught:
             train(config, tmp_path / other, backend)
         assert "\n" not in str(caught.value)
+        # The same by --resume=PATH, before anything is copied.
+        with pytest.raises(UserError, match=f"wmtp_{other}"):
+            train(config, tmp_path / f"copy-of-{other}", backend, resume=str(run))
+        assert not (tmp_path / f"copy-of-{other}").exists()
 
 
 def test_devices(tiny, tmp_path, monkeypatch):

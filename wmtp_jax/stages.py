@@ -38,7 +38,7 @@ from wmtp_jax.experiment import (
     weighting_settings,
 )
 from wmtp_jax.flops import flops_per_token
-from wmtp_jax.parameters_file import read_parameters
+from wmtp_jax.parameters_file import check_backend, read_parameters
 from wmtp_jax.report.curves import draw_curves
 from wmtp_jax.run_directory import find_checkpoint, write_json
 from wmtp_jax.settings import ModelSettings
@@ -138,7 +138,13 @@ class Stage:
 
 
 class Backend(Protocol):
-    """What a backend adds: everything that makes arrays of its own. `wmtp_jax.train` and `wmtp_torch.train` are such."""
+    """What a backend adds: everything that makes arrays of its own. `wmtp_jax.train` and `wmtp_torch.train` are such.
+
+    Attributes:
+      NAME: jax or torch.
+    """
+
+    NAME: str
 
     @staticmethod
     def choose_device(name: str | None) -> Any:
@@ -233,6 +239,8 @@ def run_experiment(
         backend.print_plan(config, corpus, where)
         return
     origin = None if resume in ("auto", "never") else find_checkpoint(resume)
+    if origin is not None:
+        check_backend(origin, backend.NAME)
 
     with run_directory.locked(workdir), disk_errors(workdir, setting="--workdir"):
         if resume == "never" and run_directory.clear(workdir):

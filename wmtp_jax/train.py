@@ -49,7 +49,9 @@ from wmtp_jax.train_step import (
 )
 
 # `stages.Backend`, which this module is, and the command's entry.
-__all__ = ["choose_device", "load_reference", "next_token_loss", "print_plan", "train", "train_model", "train_values"]
+__all__ = ["NAME", "choose_device", "load_reference", "next_token_loss", "print_plan", "train", "train_model", "train_values"]
+
+NAME = "jax"
 
 
 def train(config: ConfigDict, **options: Any) -> None:
@@ -119,7 +121,7 @@ def train_model(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
     # ---- the loop ----------------------------------------------------------------------------------------------------
     count = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
     training = stage.training(
-        "jax",
+        NAME,
         headline=f"{weighting.algorithm}, {settings.num_heads} {settings.head_kind} heads, {count:,} parameters, "
         f"on {device.device_kind}",
         state=state,
@@ -176,7 +178,7 @@ def train_values(stage: Stage, device: jax.Device, signals: StopSignals) -> None
     # ---- the loop ----------------------------------------------------------------------------------------------------
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     training = stage.training(
-        "jax",
+        NAME,
         headline=f"value head of {count:,} parameters on a frozen model, rewards by {config.reward.source}, "
         f"on {device.device_kind}",
         state=initial_state(parameters, optimizer),

@@ -52,7 +52,9 @@ from wmtp_torch.train_step import (
 )
 
 # `stages.Backend`, which this module is, and the command's entry.
-__all__ = ["choose_device", "load_reference", "next_token_loss", "print_plan", "train", "train_model", "train_values"]
+__all__ = ["NAME", "choose_device", "load_reference", "next_token_loss", "print_plan", "train", "train_model", "train_values"]
+
+NAME = "torch"
 
 
 def train(config: ConfigDict, **options: Any) -> None:
@@ -139,7 +141,7 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
     # ---- the loop ----------------------------------------------------------------------------------------------------
     count = sum(parameter.numel() for parameter in parameters.values())
     training = stage.training(
-        "torch",
+        NAME,
         headline=f"{weighting.algorithm}, {settings.num_heads} {settings.head_kind} heads, {count:,} parameters, "
         f"torch on {device.type}",
         state=initial_state(parameters, optimizer),
@@ -185,7 +187,7 @@ def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> No
     # ---- the loop ----------------------------------------------------------------------------------------------------
     count = sum(parameter.numel() for parameter in parameters.values())
     training = stage.training(
-        "torch",
+        NAME,
         headline=f"value head of {count:,} parameters on a frozen model, rewards by {config.reward.source}, "
         f"torch on {device.type}",
         state=initial_state(parameters, optimizer),
