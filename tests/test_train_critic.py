@@ -173,3 +173,32 @@ def test_dry_run_names_every_stage(critic, tmp_path, capsys):
     for words in ("trained first, baseline-mtp, 4 steps", "rewards", "likelihood", "value head", "memory"):
         assert words in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_stages_are_children_of_the_run_in_mlflow(finished, critic, tmp_path, monkeypatch):
+    """Who is whose child, and how each ended; that a child becomes an MLflow run of its own is tested with the tracker."""
+    told: list[tuple] = []
+
+    class Recorder:
+        def __init__(self, *_, run_name: str, **__):
+            self.name = run_name
+
+        def child(self, run_name, tags, parameters):
+            told.append((self.name, run_name, tags["stage"], parameters["weighting.algorithm"]))
+            return Recorder(run_name=run_name)
+
+        def artifact(self, path):
+            assert path.exists()
+
+        def finish(self, status, timeout):
+            told.append((self.name, status))
+
+    monkeypatch.setattr("wmtp_jax.stages.Tracker", Recorder)
+    shutil.copytree(finished, tmp_path / "run")
+    train(critic(tracking__enabled=True), tmp_path / "run")
+    assert told == [
+        ("test", "reference", "reference", "baseline-mtp"), ("reference", "FINISHED"),
+        ("test", "trunk", "trunk", "baseline-mtp"), ("trunk", "FINISHED"),
+        ("test", "value", "value", "critic-wmtp"), ("value", "FINISHED"),
+        ("test", "FINISHED"),
+    ]  # fmt: skip

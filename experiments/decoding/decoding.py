@@ -58,30 +58,38 @@ def main() -> None:
 
 
 def against_transformers(path: str, *, pairs: int, new: int) -> None:
-    """Ordinary greedy decoding of the same values, one prompt of 32 tokens, interleaved pairs; seconds of whole calls."""
+    """Ordinary greedy decoding of the same values, one prompt of 32 tokens, interleaved pairs; whole calls.
+
+    `transformers` runs with one thread and with all, since beside other work its threads wait for each other.
+    """
     import torch
 
     theirs, ours = transformers_model(path), unroll(load_pretrained(path), drafting=False)
-    rates = {"transformers": [], "ours": []}
+    threads = torch.get_num_threads()
+    rates = []
     for pair in range(-1, pairs):  # the first warms up
         prompt = np.random.default_rng(pair + 1).integers(0, ours.settings.vocabulary_size, 32)
+        ids = torch.from_numpy(prompt)[None]
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "min_new_tokens": new}
+        seconds = []
+        for count in sorted({1, threads}):
+            torch.set_num_threads(count)
+            began = time.perf_counter()
+            with torch.no_grad():
+                wanted = theirs.generate(ids, **options, do_sample=False, use_cache=True)[0, len(prompt) :]
+            seconds.append(time.perf_counter() - began)
         began = time.perf_counter()
-        with torch.no_grad():
-            ids = torch.from_numpy(prompt)[None]
-            wanted = theirs.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, use_cache=True
-            )
-        middle = time.perf_counter()
         got = generate(ours, [prompt], max_new_tokens=new)
-        ended = time.perf_counter()
-        same = np.array_equal(wanted[0, len(prompt) :].numpy(), got.tokens[0])
+        seconds.append(time.perf_counter() - began)
         if pair >= 0:
-            rates["transformers"].append(new / (middle - began))
-            rates["ours"].append(new / (ended - middle))
-            print(f"pair {pair}: {rates['transformers'][-1]:.1f} and {rates['ours'][-1]:.1f} tokens/s, equal output: {same}")
-    ratio = statistics.median(a / b for a, b in zip(rates["ours"], rates["transformers"], strict=True))
-    print(f"medians {statistics.median(rates['transformers']):.1f} and {statistics.median(rates['ours']):.1f} tokens/s, "
-          f"median ratio {ratio:.2f} ({torch.get_num_threads()} threads, torch {torch.__version__})")  # fmt: skip
+            rates.append([new / one for one in seconds])
+            print(f"pair {pair}: {', '.join(f'{rate:.1f}' for rate in rates[-1])} tokens/s, "
+                  f"equal output: {np.array_equal(wanted.numpy(), got.tokens[0])}", flush=True)  # fmt: skip
+    *others, own = zip(*rates, strict=True)
+    ratio = statistics.median(a / max(b) for a, b in zip(own, zip(*others, strict=True), strict=True))
+    print(f"medians: transformers {', '.join(f'{statistics.median(rate):.1f}' for rate in others)} tokens/s at "
+          f"{' and '.join(map(str, sorted({1, threads})))} threads, ours {statistics.median(own):.1f}; "
+          f"median ratio to the faster of the pair {ratio:.2f} (torch {torch.__version__})")  # fmt: skip
 
 
 def transformers_model(path: str):
