@@ -102,16 +102,18 @@ def test_a_non_finite_loss_exits_with_3(command, tmp_path):
     assert last.startswith("error: step") and "nonfinite" in last
 
 
-def test_a_full_disk_is_one_line_and_exit_2(command, undisturbed, tmp_path):
-    """A tmpfs of its own, in a mount namespace where this process may not mount."""
+@pytest.mark.parametrize("size", (60, 300, 1500))
+def test_a_full_disk_is_one_line_and_exit_2(size, command, undisturbed, tmp_path):
+    """A tmpfs of its own, in a mount namespace where this process may not mount. The room ends in another place each time:
+    with the first files, before the first save, before a later one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     inner = " ".join([*(f"'{word}'" if "(" not in word else f'"{word}"' for word in command),
                       f"--config.reference.path={undisturbed / 'reference'}", f"--workdir={disk / 'run'}"])  # fmt: skip
-    script = f"mount -t tmpfs -o size=300k tmpfs {disk} && {inner}"
+    script = f"mount -t tmpfs -o size={size}k tmpfs {disk} && {inner}"
     namespace = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
     done = subprocess.run([*namespace, "sh", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "no room left on its disk" in errors[0]
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr

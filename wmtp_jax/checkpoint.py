@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from wmtp_jax.errors import disk_errors
+from wmtp_jax.errors import check_room, disk_errors
 from wmtp_jax.model import ModelSettings, Parameters, abstract_parameters, nest
 from wmtp_jax.parameters_file import (
     FILE,
@@ -86,12 +86,16 @@ class Checkpoints:
           state: the whole training state.
           metadata: JSON values that describe it.
           metrics: of an evaluation of this very state, if there was one.
+
+        Raises:
+          UserError: the disk has no room for it, or the save before this one failed.
         """
         step = int(state.step)
         self.wait()
         if step in self.steps():
             return
         parameters = _ParametersItem(state.parameters, {"backend": BACKEND, **metadata})
+        check_room(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), setting="--workdir")
         with disk_errors(self.directory, setting="--workdir"):
             self._pending = self._checkpointer.save_checkpointables_async(
                 step,

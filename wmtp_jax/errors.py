@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OVERHEAD = 1 << 20  # bytes of indices and markers that come with what is written
 _CLOSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -48,3 +50,24 @@ def disk_errors(directory: Path, *, setting: str) -> Iterator[None]:
                 f"{directory}: can't be written to ({known[number]}); name another directory in {setting}"
             ) from error
         raise
+
+
+def check_room(directory: Path, size: int, *, setting: str) -> None:
+    """Refuses to begin what the disk of `directory` can't hold.
+
+    A library that meets a full disk halfway tells so from threads of its own, in tracebacks that hide the one line.
+
+    Args:
+      directory: what is to be written to; it exists.
+      size: of what is to be written, bytes.
+      setting: the flag or key that names another directory.
+
+    Raises:
+      UserError: there is less room than that.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < size + _OVERHEAD:
+        raise UserError(
+            f"{directory}: no room left on its disk: {(size + _OVERHEAD) / 2**20:,.0f} MiB are needed, {free / 2**20:,.1f} MiB "
+            f"are free; make some, or name another directory in {setting}"
+        )

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from wmtp_jax.errors import disk_errors
+from wmtp_jax.errors import check_room, disk_errors
 from wmtp_jax.parameters_file import write_arrays
 from wmtp_jax.run_directory import write_json
 
@@ -69,9 +69,14 @@ class StepDirectories:
           step: not one that is being written.
           files: what nobody changes until `wait` returns.
           metrics: of an evaluation, if there was one.
+
+        Raises:
+          UserError: the disk has no room for it, or what was begun before failed.
         """
         self.wait()
         if step not in self.steps():
+            size = sum(array.nbytes for named, _ in files.values() for array in named.values())
+            check_room(self.directory, size, setting="--workdir")
             self._pending = self._writer.submit(self._write, step, files, metrics or {})
 
     def wait(self) -> None:
