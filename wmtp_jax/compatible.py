@@ -12,11 +12,12 @@ from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import validation_batches
 from wmtp_jax.data.tokenizer import load_tokenizer
 from wmtp_jax.errors import UserError
+from wmtp_jax.origins import tokenizer_of
 from wmtp_jax.run_directory import find_checkpoint
 from wmtp_jax.settings import ModelSettings
 
 # How a model computes, not what it is.
-_FREE_SETTINGS = ("compute_dtype", "remat", "initial_scale")
+_FREE_SETTINGS = ("compute_dtype", "remat", "initial_scale", "lora_rank", "lora_scale")
 
 
 def check_reference(
@@ -25,7 +26,7 @@ def check_reference(
     """Refuses a reference model that does not fit the data, or the heads that are weighted.
 
     Args:
-      path: where it was trained.
+      path: where it was trained, or published weights.
       metadata: of its checkpoint.
       corpus: the data of this run.
       alignment: next_token or same_prefix.
@@ -37,7 +38,8 @@ def check_reference(
     key = f"config.reference.path = {str(path)!r}"
     check_same_tokenizer(path, corpus, key=key)
     model, vocabulary_size = metadata["model"], corpus.tokenizer.vocabulary_size
-    if model["vocabulary_size"] != vocabulary_size:
+    # Published weights may have rows that no token has.
+    if model["vocabulary_size"] < vocabulary_size:
         raise UserError(
             f"{key}: has a vocabulary of {model['vocabulary_size']}, this run's tokenizer {vocabulary_size}; they must share one"
         )
@@ -58,21 +60,21 @@ def check_same_tokenizer(path: str | Path, corpus: Corpus, *, key: str) -> None:
     """Refuses a run whose tokenizer gives other ids than the corpus's on samples of the data.
 
     Args:
-      path: the run, or a checkpoint of it.
+      path: the run, or a checkpoint of it, or published weights.
       corpus: the data of this run.
       key: what the message begins with: the setting that names the run.
 
     Raises:
       UserError: names the first text that differs.
     """
-    saved = find_checkpoint(path).parent.parent / "tokenizer"
+    saved = tokenizer_of(path)
     tokenizer = load_tokenizer(saved)
     rows = next(validation_batches(corpus, batch_size=16, num_heads=1, num_batches=1))["tokens"]
     for text in map(corpus.tokenizer.decode, rows):
         if not np.array_equal(corpus.tokenizer.encode(text), tokenizer.encode(text)):
             raise UserError(
                 f"{key}: its tokenizer gives other token ids than this run's, first for {text[:40]!r}; they must share one "
-                f"(set config.data.tokenizer to {str(saved)!r})"
+                f"(set config.data.tokenizer to {saved!r})"
             )
 
 

@@ -37,6 +37,7 @@ SCOPES = ("position", "sequence", "batch", "head")
 HEAD_KINDS = ("linear", "block", "sequential")
 # An early-stopping or best-checkpoint metric is one of the evaluation's, and lower is better for all of them.
 SINGLE_METRICS = ("eval/bits_per_byte", "eval/ce_mean")
+TRAINABLE = ("all", "heads", "lora")
 REWARD_SOURCES = ("likelihood", "unit_tests", "reward_model")
 
 
@@ -89,7 +90,9 @@ def defaults() -> ConfigDict:
     c.data.source_weights = ()  # share of rows from each source; (): in proportion to their size
     c.data.validation_fraction = 0.03  # share of documents held out, chosen by a hash of their identity
     c.data.sequence_length = 256  # S: tokens a row
-    c.data.tokenizer = "bpe"  # bpe (byte-level, trained on the sources) | a directory or hub name of `transformers`
+    # bpe (byte-level, trained on the sources; with pretrained.path, the weights' own) | a directory or hub name of
+    # `transformers` | a GGUF file
+    c.data.tokenizer = "bpe"
     c.data.vocabulary_size = 1024  # of the trained bpe; ignored where a tokenizer is named
     c.data.cache_dir = ""  # where tokenised corpora are kept; "": $XDG_CACHE_HOME/wmtp or ~/.cache/wmtp
     c.data.prefetch = 4  # batches prepared ahead of the step
@@ -97,6 +100,17 @@ def defaults() -> ConfigDict:
     c.data.failed_in_loss = False  # texts labelled False are targets too; else they are there for the value function only
 
     c.model = model_defaults()
+
+    c.pretrained = ConfigDict()  # training that starts from published weights
+    # a `transformers` directory or hub name (owner/name or owner/name@revision), a GGUF file, or a directory of Meta's
+    # multi-token-prediction release; the model is then theirs: of config.model only heads, compute_dtype and remat are read, and
+    # data.tokenizer = "bpe" means the weights' own; "": start from random weights
+    c.pretrained.path = ""
+    # what is trained: all | heads (the new ones; head 0 stays the published model) | lora (low-rank adapters on the trunk's
+    # layers, and the new heads)
+    c.pretrained.trainable = "all"
+    c.pretrained.lora_rank = 8
+    c.pretrained.lora_alpha = 16.0  # adapters count alpha / rank times
 
     c.weighting = ConfigDict()
     c.weighting.algorithm = "baseline-mtp"  # one of ALGORITHMS
@@ -117,7 +131,9 @@ def defaults() -> ConfigDict:
     c.weighting.start_step = 0  # weights are uniform before this step (a warm-up without weighting)
 
     c.reference = ConfigDict()  # for the rho1 algorithms, and for rewards by likelihood
-    c.reference.path = ""  # a run directory or checkpoint of this program; "": train one first, see steps
+    # a run directory or checkpoint of this program, or published weights as pretrained.path takes them; "": train one first,
+    # see steps
+    c.reference.path = ""
     c.reference.alignment = "next_token"  # next_token (from each target's own prefix) | same_prefix (an MTP reference)
     c.reference.steps = 0  # where path is "": steps of the reference's own run; 0: refuse to start without a path
     c.reference.model = model_defaults()
@@ -130,8 +146,10 @@ def defaults() -> ConfigDict:
     c.reward.model = ""  # reward_model: MODULE:FUNCTION, (token arrays, tokenizer) -> numbers
 
     c.critic = ConfigDict()  # for critic-wmtp; its stages are runs of their own in WORKDIR/trunk and WORKDIR/value
-    c.critic.trunk = ""  # a run or checkpoint of this program with the same model; "": train one first, see trunk_steps
-    c.critic.trunk_steps = 0  # where trunk is "": steps of a baseline-mtp run; 0: refuse to start without a trunk
+    # a run or checkpoint of this program with the same model, or published weights; "": train one first, see trunk_steps
+    c.critic.trunk = ""
+    # where trunk is "": steps of a baseline-mtp run, from pretrained.path or random; 0: the published weights are the trunk
+    c.critic.trunk_steps = 0
     c.critic.head = ""  # a value head trained on that very trunk (WORKDIR/value of another run); "": train one first
     c.critic.steps = 500  # where head is "": updates of the value head alone, on the frozen trunk
     c.critic.stop_after = ""  # trunk | value: end after that stage; "": go on to the model
@@ -369,6 +387,23 @@ def _validate_reference(config: ConfigDict) -> None:
             )  # fmt: skip
 
 
+def _validate_pretrained(config: ConfigDict) -> None:
+    c = config.pretrained
+    if c.trainable not in TRAINABLE:
+        _refuse("pretrained.trainable", c.trainable, " | ".join(TRAINABLE))
+    if c.lora_rank < 1:
+        _refuse("pretrained.lora_rank", c.lora_rank, "at least 1")
+    if c.lora_alpha <= 0:
+        _refuse("pretrained.lora_alpha", c.lora_alpha, "above 0")
+    if c.trainable == "all":
+        return
+    trunk = config.critic.trunk if config.weighting.algorithm == "critic-wmtp" else ""
+    if not c.path and not trunk:
+        _refuse("pretrained.trainable", c.trainable, "'all' without config.pretrained.path: random weights have to be trained")
+    if c.trainable == "heads" and config.model.heads.count == 1:
+        _refuse("pretrained.trainable", c.trainable, "all or lora where model.heads.count is 1: there is no new head to train")
+
+
 def _validate_critic(config: ConfigDict) -> None:
     c = config.critic
     if config.reward.source not in REWARD_SOURCES:
@@ -390,12 +425,12 @@ def _validate_critic(config: ConfigDict) -> None:
         _refuse("critic.learning_rate", c.learning_rate, "above 0")
     if ALGORITHMS[config.weighting.algorithm] != "values":
         return
-    if not c.trunk and not c.trunk_steps:
+    if not c.trunk and not c.trunk_steps and not config.pretrained.path:
         raise UserError(
             "config.weighting.algorithm = 'critic-wmtp' starts from a trained model: set config.critic.trunk to a trained "
-            "run, or config.critic.trunk_steps to train a baseline-mtp run first"
+            "run or published weights, or config.critic.trunk_steps to train a baseline-mtp run first"
         )
-    if c.head and not c.trunk:
+    if c.head and not c.trunk and (c.trunk_steps or not config.pretrained.path):
         raise UserError(f"config.critic.head = {c.head!r}: belongs to the model it was trained on; set config.critic.trunk to it")
     if config.reward.source == "reward_model" and not config.reward.model:
         _refuse("reward.model", config.reward.model, "MODULE:FUNCTION where reward.source = 'reward_model'")
@@ -488,6 +523,7 @@ def validate(config: ConfigDict) -> None:
     _validate_model(config.model, "model.")
     _validate_weighting(config)
     _validate_reference(config)
+    _validate_pretrained(config)
     _validate_critic(config)
     _validate_run(config)
     _validate_outputs(config)

@@ -11,25 +11,33 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from wmtp_jax import summary
-from wmtp_jax.data.corpus import Corpus
-from wmtp_jax.experiment import critic_settings, model_settings, optimizer_settings, total_steps, weighting_settings
+from wmtp_jax.experiment import (
+    critic_settings,
+    model_settings,
+    optimizer_settings,
+    total_steps,
+    trainable,
+    weighting_settings,
+)
 from wmtp_jax.model import abstract_parameters
 from wmtp_jax.optimizer import make_optimizer
+from wmtp_jax.origins import is_published
 from wmtp_jax.parameters_file import FILE, read_metadata
+from wmtp_jax.pretrained import open_pretrained
 from wmtp_jax.run_directory import find_checkpoint
 from wmtp_jax.settings import ModelSettings
-from wmtp_jax.stages import plan_rows
+from wmtp_jax.stages import Stage, plan_rows
 from wmtp_jax.train_step import Reference, initial_state, train_step
 
 
-def print_plan(config: ConfigDict, corpus: Corpus, device: jax.Device) -> None:
+def print_plan(stage: Stage, device: jax.Device) -> None:
     """What a run would do and need; compiles the real update without making its arrays."""
-    settings = model_settings(config.model, corpus.tokenizer.vocabulary_size, config.data.sequence_length)
+    config, corpus, settings = stage.config, stage.corpus, stage.model
     steps = total_steps(config, corpus)
     weighting, critic = weighting_settings(config), critic_settings(config)
     definition, parameters = abstract_parameters(settings, value_head=critic is not None)
     optimizer = make_optimizer(optimizer_settings(config), steps)
-    state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer), parameters)
+    state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, trainable(config)), parameters)
     # One that scores rewards is gone before the update.
     reference = _abstract_reference(config, settings.vocabulary_size) if weighting.needs_reference else None
     shape = (config.train.batch_size, config.data.sequence_length)
@@ -48,6 +56,7 @@ def print_plan(config: ConfigDict, corpus: Corpus, device: jax.Device) -> None:
         reference_definition=reference.definition if reference else None,
         accumulation=config.train.accumulation,
         chunk_size=config.train.loss_chunk or None,
+        trainable=trainable(config),
     )
     reference_parameters = reference.parameters if reference else None
     compiled = jax.jit(update, donate_argnums=0).lower(state, batch, reference_parameters).compile()
@@ -69,7 +78,9 @@ def print_plan(config: ConfigDict, corpus: Corpus, device: jax.Device) -> None:
 
 def _abstract_reference(config: ConfigDict, vocabulary_size: int) -> Reference:
     """The structure and shapes of the reference, whether it is given or to be trained."""
-    if config.reference.path:
+    if is_published(config.reference.path):
+        settings = open_pretrained(config.reference.path).settings
+    elif config.reference.path:
         settings = ModelSettings(**read_metadata(find_checkpoint(config.reference.path) / FILE)["model"])
     else:
         settings = model_settings(config.reference.model, vocabulary_size, config.data.sequence_length)

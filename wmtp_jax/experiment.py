@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from wmtp_jax.config import defaults
 from wmtp_jax.data.corpus import Corpus, load_corpus
 from wmtp_jax.data.pipeline import rows_per_epoch
+from wmtp_jax.origins import tokenizer_of
 from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting
+from wmtp_jax.trainable import Trainable
 
 
 def load_data(config: ConfigDict) -> Corpus:
+    """The corpus; with published weights, and unless another is named, cut by their tokenizer."""
     c = config.data
+    own = c.tokenizer == "bpe" and config.pretrained.path
     return load_corpus(
         c.sources,
         weights=c.source_weights,
-        tokenizer=c.tokenizer,
+        tokenizer=tokenizer_of(config.pretrained.path) if own else c.tokenizer,
         vocabulary_size=c.vocabulary_size,
         sequence_length=c.sequence_length,
         validation_fraction=c.validation_fraction,
@@ -45,6 +50,17 @@ def model_settings(model: ConfigDict, vocabulary_size: int, sequence_length: int
     return ModelSettings(
         vocabulary_size=vocabulary_size, num_heads=model.heads.count, head_kind=model.heads.kind, **plain
     )
+
+
+def adapter_settings(config: ConfigDict) -> dict[str, Any]:
+    """The fields of `ModelSettings` that say what adapters the trunk has."""
+    c = config.pretrained
+    return {"lora_rank": c.lora_rank, "lora_scale": c.lora_alpha / c.lora_rank} if c.trainable == "lora" else {}
+
+
+def trainable(config: ConfigDict) -> Trainable:
+    """What a run of this configuration trains."""
+    return Trainable(config.pretrained.trainable, config.model.heads.kind)
 
 
 def weighting_settings(config: ConfigDict) -> Weighting:
@@ -75,6 +91,7 @@ def reference_config(config: ConfigDict) -> ConfigDict:
     """The configuration of the reference's own run: its model and steps, unweighted, everything else alike."""
     c = _unweighted(config)
     c.model = config.reference.model.copy_and_resolve_references()
+    c.pretrained = defaults().pretrained
     c.train.steps, c.train.epochs = config.reference.steps, 0.0
     if c.eval.stop_metric.startswith("eval/ce_head_"):
         c.eval.stop_metric = "eval/ce_head_0"
@@ -95,6 +112,7 @@ def value_config(config: ConfigDict) -> ConfigDict:
     c = ConfigDict(config.to_dict())
     c.weighting, c.reference = defaults().weighting, defaults().reference
     c.weighting.algorithm = config.weighting.algorithm
+    c.pretrained.trainable = "all"  # the head is all that is trained
     c.critic.head = c.critic.stop_after = ""
     c.train.steps, c.train.epochs = config.critic.steps, 0.0
     c.eval.every, c.eval.patience = config.critic.eval_every, config.critic.patience

@@ -28,7 +28,7 @@ from wmtp_jax.tracking import MetricsFile
 
 Batch = dict[str, Any]
 # What a training was made from besides its configuration: another one of these makes it another training.
-ORIGINS = ("tokenizer", "corpus", "rewards", "trunk", "value_head")
+ORIGINS = ("tokenizer", "corpus", "base", "rewards", "trunk", "value_head")
 
 
 class State(Protocol):

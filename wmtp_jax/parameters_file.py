@@ -19,6 +19,7 @@ import numpy as np
 from wmtp_jax.errors import UserError
 from wmtp_jax.pretrained.safetensors_file import StoredTensor, read_header
 from wmtp_jax.run_directory import find_checkpoint
+from wmtp_jax.trainable import merge_adapters
 
 FORMAT = 2
 FILE = Path("parameters", "parameters.safetensors")
@@ -82,8 +83,16 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_parameters(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The parameters of a run directory (of its newest checkpoint) or a checkpoint, and their metadata; see `read_arrays`."""
-    return read_arrays(find_checkpoint(path) / FILE)
+    """The parameters of a run directory (of its newest checkpoint) or a checkpoint, and their metadata; see `read_arrays`.
+
+    Low-rank adapters have been added to the kernels that they belong to, and the metadata tells of none.
+    """
+    named, metadata = read_arrays(find_checkpoint(path) / FILE)
+    model = metadata["model"]
+    if not model.get("lora_rank"):
+        return named, metadata
+    without = {**metadata, "model": {**model, "lora_rank": 0, "lora_scale": 1.0}}
+    return merge_adapters(named, model["lora_scale"]), without
 
 
 def check_backend(checkpoint: Path, backend: str) -> None:

@@ -13,9 +13,10 @@ class ModelSettings:
     """What determines a model's parameters and function; made once from the configuration or from published weights.
 
     The fields mean what `wmtp_jax.config.model_defaults` says of them, with every 0 that stands for "derived" resolved.
-    Those that only published weights set:
+    Those that only published weights, and training from them, set:
       output_bias: a bias in the attention's output projection (Llama and Qwen3 with `attention_bias`).
       mlp_bias: biases in the feed-forward projections (Llama with `mlp_bias`).
+      lora_rank, lora_scale: size and factor of the low-rank adapters on the trunk's layers, see `trainable.py`; 0: none.
       rope_scaling: none | linear | llama3 | yarn, how the rotary frequencies are stretched, by `rope_factor`; the other
         `rope_*` fields are the constants of llama3 and yarn, in the words of `rotary_frequencies`.
     """
@@ -53,6 +54,8 @@ class ModelSettings:
     initial_scale: float = 0.02
     compute_dtype: str = "float32"
     remat: str = "none"
+    lora_rank: int = 0
+    lora_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches
 from wmtp_jax.errors import disk_errors
 from wmtp_jax.experiment import (
+    adapter_settings,
     load_data,
     model_settings,
     reference_config,
@@ -38,11 +39,23 @@ from wmtp_jax.experiment import (
     weighting_settings,
 )
 from wmtp_jax.flops import flops_per_token
+from wmtp_jax.origins import (
+    Start,
+    base_settings,
+    check_vocabulary,
+    describe_base,
+    model_key,
+    open_base,
+    start_of,
+    with_published_trunk,
+)
 from wmtp_jax.parameters_file import check_backend, read_parameters
+from wmtp_jax.pretrained import Published
 from wmtp_jax.report.curves import draw_curves
 from wmtp_jax.run_directory import find_checkpoint, write_json
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.tracking import Tracker, read_metrics
+from wmtp_jax.trainable import fresh_adapters
 
 Batch = dict[str, Any]
 Named = dict[str, np.ndarray]
@@ -58,7 +71,8 @@ class Stage:
       directory: of this stage.
       corpus: what it reads; with rewards where it has a value head.
       reference: of the rho1 algorithms, as the backend holds it.
-      trunk: parameters that training starts from, or keeps frozen in the value stage, by dotted name; None: random ones.
+      base: published weights, whose model this is; None: the configuration's.
+      trunk: gives the parameters that training starts from, or that stay frozen in the value stage; None: random ones.
       value_head: parameters that the value head starts from, by dotted name; None: random ones.
       origins: hashes of what it was made from, see `loop.ORIGINS`.
     """
@@ -68,7 +82,8 @@ class Stage:
     directory: Path
     corpus: Corpus
     reference: Any = None
-    trunk: Named | None = None
+    base: Published | None = None
+    trunk: Start | None = None
     value_head: Named | None = None
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -76,7 +91,18 @@ class Stage:
     def model(self) -> ModelSettings:
         """The model of this stage."""
         c = self.config
-        return model_settings(c.model, self.corpus.tokenizer.vocabulary_size, c.data.sequence_length)
+        if self.base is not None:
+            settings = base_settings(self.base, c)
+        else:
+            settings = model_settings(c.model, self.corpus.tokenizer.vocabulary_size, c.data.sequence_length)
+        return dataclasses.replace(settings, **adapter_settings(c))
+
+    def initial(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+        """The parameters that training starts from, one by one: the trunk's, adapters that change nothing yet, and the value
+        head's. For stages with a `trunk`; `shapes` of the model's parameters by dotted name."""
+        added = dict(fresh_adapters(shapes, self.config.train.seed)) | (self.value_head or {})
+        yield from self.trunk({name: shape for name, shape in shapes.items() if name not in added})
+        yield from added.items()
 
     def describe(self, backend: str) -> dict[str, Any]:
         """What is saved with every state."""
@@ -87,6 +113,7 @@ class Stage:
             "model": dataclasses.asdict(self.model),
             "corpus": self.corpus.hash,
             "tokenizer": self.corpus.tokenizer.fingerprint,
+            **({"base": self.base.key, "pretrained": describe_base(self.base)} if self.base is not None else {}),
             **self.origins,
         }
 
@@ -151,12 +178,12 @@ class Backend(Protocol):
         """The device that everything runs on; UserError where there is no such."""
 
     @staticmethod
-    def print_plan(config: ConfigDict, corpus: Corpus, device: Any) -> None:
-        """`--dry_run`."""
+    def print_plan(stage: Stage, device: Any) -> None:
+        """`--dry_run`, of the last stage; its reference is not opened."""
 
     @staticmethod
     def load_reference(path: str | Path, device: Any) -> tuple[Any, dict[str, Any]]:
-        """A trained model as a reference, and the metadata of its checkpoint."""
+        """A trained or published model as a reference, and the metadata of its checkpoint (published: `model` alone)."""
 
     @staticmethod
     def next_token_loss(reference: Any, device: Any, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
@@ -179,13 +206,18 @@ def plan_rows(config: ConfigDict, corpus: Corpus, settings: ModelSettings, param
         steps = f"trained first, {config.reference.steps} steps, in WORKDIR/reference"
         first.append(("reference", f"{config.reference.path}, tokenizer checked" if config.reference.path else steps))
     if weighting.needs_values:
-        trunk = c.trunk or f"trained first, baseline-mtp, {c.trunk_steps} steps, in WORKDIR/trunk"
+        trunk = c.trunk or (
+            f"trained first, baseline-mtp, {c.trunk_steps} steps, in WORKDIR/trunk"
+            if c.trunk_steps
+            else "the published weights"
+        )
         head = c.head or f"trained on the frozen trunk, up to {c.steps} steps, in WORKDIR/value"
         first += [("trunk", trunk), ("rewards", config.reward.source), ("value head", head)]
     rows, length = config.train.batch_size, config.data.sequence_length
     steps, two_passes = total_steps(config, corpus), config.train.accumulation > 1 and not weighting.is_local
     epochs = steps * rows / rows_per_epoch(corpus)
     return [
+        *([("start", f"{config.pretrained.path}, trained: {config.pretrained.trainable}")] if config.pretrained.path else []),
         ("algorithm", f"{config.weighting.algorithm}, form {config.weighting.form}, scope {config.weighting.scope}"),
         *first,
         ("model", f"{settings.layers} layers, width {settings.width}, {settings.num_heads} {settings.head_kind} heads"),
@@ -218,25 +250,32 @@ def run_experiment(
     """
     # ---- what is asked for, and where --------------------------------------------------------------------------------
     validate(config)
+    config = with_published_trunk(config)
     where = backend.choose_device(device)
     if verbose:
         logging.basicConfig(level=logging.INFO)
         print(summary.facts("configuration", list(flatten(config))))
 
     # ---- data --------------------------------------------------------------------------------------------------------
+    base = open_base(config)
     corpus = load_data(config)
+    if base is not None:
+        check_vocabulary(base, corpus.tokenizer, key=f"config.pretrained.path = {config.pretrained.path!r}")
+    last = Stage("train", config, workdir, corpus, base=base)
+    settings = last.model  # heads that the weights can't have end the run here
     print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
 
     # ---- what was trained before: checked here, so that a mistake costs neither a directory nor an earlier run ---------
     critic = config.weighting.algorithm == "critic-wmtp"
     reference = _load_reference(config, backend, corpus, where) if uses_reference(config) and config.reference.path else None
     if critic and config.critic.trunk:
-        trunk = _load_trunk(config, corpus, config.critic.trunk)
-        if config.critic.head:
-            _load_value_head(config, corpus, config.critic.head, trunk[1])
-        del trunk
+        trunk_key = _load_trunk(settings, corpus, config.critic.trunk)[1]
+    elif base is not None:
+        trunk_key = start_of(base, config)[1]
+    if critic and config.critic.head:
+        _load_value_head(settings, corpus, config.critic.head, trunk_key)
     if dry_run:
-        backend.print_plan(config, corpus, where)
+        backend.print_plan(last, where)
         return
     origin = None if resume in ("auto", "never") else find_checkpoint(resume)
     if origin is not None:
@@ -250,26 +289,37 @@ def run_experiment(
         with StopSignals() as signals:
             tracker = _tracker(config, workdir, run_name, tags) if config.tracking.enabled else None
             with _status(tracker):
-                experiment = _Experiment(config, backend, workdir, corpus, where, tracker, signals)
+                experiment = _Experiment(last, backend, where, tracker, signals)
                 if reference is None and uses_reference(config):
                     reference = experiment.train_reference()
                 if critic:
                     experiment.run_critic(reference)
                 else:
-                    experiment.run_last(Stage("train", config, workdir, corpus, reference))
+                    start = None if base is None else start_of(base, config)[0]
+                    experiment.run_last(dataclasses.replace(last, reference=reference, trunk=start))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Experiment:
     """What the stages of one experiment share."""
 
-    config: ConfigDict
+    last: Stage  # what the experiment is for
     backend: Backend
-    workdir: Path
-    corpus: Corpus
     device: Any
     tracker: Tracker | None
     signals: StopSignals
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.last.config
+
+    @property
+    def workdir(self) -> Path:
+        return self.last.directory
+
+    @property
+    def corpus(self) -> Corpus:
+        return self.last.corpus
 
     def train_reference(self) -> Any:
         """Trains the reference in `workdir/reference`, or goes on with it, or finds it finished."""
@@ -280,17 +330,18 @@ class _Experiment:
 
     def run_critic(self, reference: Any) -> None:
         """Stages 0 to 2 of critic-wmtp; those that are given or finished are taken as they are."""
-        config, backend, workdir = self.config, self.backend, self.workdir
+        config, backend, workdir, base = self.config, self.backend, self.workdir, self.last.base
         # ---- stage 0: the trunk --------------------------------------------------------------------------------------
+        published = (None, "") if base is None else start_of(base, config)
         trunk_path = config.critic.trunk
-        if not trunk_path:
-            own = Stage("trunk", trunk_config(config), workdir / "trunk", self.corpus)
+        if not trunk_path and (base is None or config.critic.trunk_steps):
+            own = Stage("trunk", trunk_config(config), workdir / "trunk", self.corpus, base=base, trunk=published[0])
             validate(own.config)
             self._run_below(own, backend.train_model)
             trunk_path = own.directory
         if config.critic.stop_after == "trunk":
             return
-        trunk, trunk_key = _load_trunk(config, self.corpus, trunk_path)
+        trunk, trunk_key = _load_trunk(self.last.model, self.corpus, trunk_path) if trunk_path else published
 
         # ---- rewards -------------------------------------------------------------------------------------------------
         source = self._reward_source(reference)
@@ -300,18 +351,18 @@ class _Experiment:
         # ---- stage 1: the value head ---------------------------------------------------------------------------------
         head_path = config.critic.head
         if not head_path:
-            own = Stage("value", value_config(config), workdir / "value", corpus, trunk=trunk, origins=origins)
+            own = Stage("value", value_config(config), workdir / "value", corpus, base=base, trunk=trunk, origins=origins)
             self._run_below(own, backend.train_values)
             head_path = own.directory
         head_path, share = compatible.explained_variance(head_path)
         rewards.check_explained(share, allowed=config.critic.allow_unexplained, where=str(head_path))
         if config.critic.stop_after == "value":
             return
-        head, head_key = _load_value_head(config, self.corpus, head_path, trunk_key)
+        head, head_key = _load_value_head(self.last.model, self.corpus, head_path, trunk_key)
 
         # ---- stage 2: the model --------------------------------------------------------------------------------------
         origins = origins | {"value_head": head_key}
-        self.run_last(Stage("train", config, workdir, corpus, trunk=trunk, value_head=head, origins=origins))
+        self.run_last(dataclasses.replace(self.last, corpus=corpus, trunk=trunk, value_head=head, origins=origins))
 
     def _reference_path(self) -> str | Path:
         return self.config.reference.path or self.workdir / "reference"
@@ -336,7 +387,7 @@ class _Experiment:
             case "likelihood":
                 return rewards.likelihood(
                     functools.partial(self.backend.next_token_loss, reference, self.device),
-                    key=rewards.parameters_key(read_parameters(self._reference_path())[0]),
+                    key=model_key(self._reference_path()),
                     batch_rows=self.config.train.batch_size,
                 )
             case "unit_tests":
@@ -357,24 +408,19 @@ def _load_reference(
     return reference
 
 
-def _load_trunk(config: ConfigDict, corpus: Corpus, path: str | Path) -> tuple[Named, str]:
+def _load_trunk(settings: ModelSettings, corpus: Corpus, path: str | Path) -> tuple[Start, str]:
     """The trunk's parameters without a value head that may have been trained beside them, and their hash."""
     parameters, metadata = read_parameters(path)
-    compatible.check_trunk(path, metadata, _settings(config, corpus), corpus)
+    compatible.check_trunk(path, metadata, dataclasses.asdict(settings), corpus)
     trunk = {name: leaf for name, leaf in parameters.items() if name.split(".")[0] != "value_head"}
-    return trunk, rewards.parameters_key(trunk)
+    return lambda _: trunk.items(), rewards.parameters_key(trunk)
 
 
-def _load_value_head(config: ConfigDict, corpus: Corpus, path: str | Path, trunk_key: str) -> tuple[Named, str]:
+def _load_value_head(settings: ModelSettings, corpus: Corpus, path: str | Path, trunk_key: str) -> tuple[Named, str]:
     """A value head's parameters and their hash."""
     parameters, metadata = read_parameters(path)
-    compatible.check_value_head(path, metadata, _settings(config, corpus), corpus, trunk=trunk_key)
+    compatible.check_value_head(path, metadata, dataclasses.asdict(settings), corpus, trunk=trunk_key)
     return parameters, rewards.parameters_key(parameters)
-
-
-def _settings(config: ConfigDict, corpus: Corpus) -> dict[str, Any]:
-    settings = model_settings(config.model, corpus.tokenizer.vocabulary_size, config.data.sequence_length)
-    return dataclasses.asdict(settings)
 
 
 def _tracker(config: ConfigDict, workdir: Path, run_name: str, tags: dict[str, str]) -> Tracker:

@@ -6,6 +6,7 @@ state, compiled functions, loop, summary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -27,11 +28,20 @@ from wmtp_jax.devices import choose_device, keep_compiled_programs, peak_flops
 from wmtp_jax.dry_run import print_plan
 from wmtp_jax.evaluation.likelihood import batch_sums
 from wmtp_jax.evaluation.metrics import evaluate, value_metrics
-from wmtp_jax.experiment import critic_settings, optimizer_settings, peak_learning_rate, total_steps, weighting_settings
+from wmtp_jax.experiment import (
+    critic_settings,
+    optimizer_settings,
+    peak_learning_rate,
+    total_steps,
+    trainable,
+    weighting_settings,
+)
 from wmtp_jax.flops import flops_per_token, trunk_flops_per_token
 from wmtp_jax.generate import generate
-from wmtp_jax.model import Parameters, initial_parameters, merge, nest
+from wmtp_jax.model import Parameters, abstract_parameters, flatten, initial_parameters, merge, nest, split
 from wmtp_jax.optimizer import make_optimizer, make_schedule
+from wmtp_jax.origins import is_published
+from wmtp_jax.pretrained import load_pretrained
 from wmtp_jax.records import StepMetrics, ValueMetrics
 from wmtp_jax.run_directory import CHECKPOINTS
 from wmtp_jax.stages import Stage, finish_model, finish_values, run_experiment
@@ -61,6 +71,9 @@ def train(config: ConfigDict, **options: Any) -> None:
 
 
 def load_reference(path: str | Path, device: jax.Device) -> tuple[Reference, dict[str, Any]]:
+    if is_published(path):
+        model = load_pretrained(path)
+        return Reference(*split(model)), {"model": dataclasses.asdict(model.settings)}
     definition, parameters, metadata = load_model(path)
     return Reference(definition, parameters), metadata
 
@@ -84,19 +97,24 @@ def train_model(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
     steps, seed, chunk_size = total_steps(config, stage.corpus), config.train.seed, config.train.loss_chunk or None
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
-    definition, parameters = initial_parameters(settings, seed, value_head=critic is not None)
-    if stage.trunk is not None:
-        parameters = jax.device_put(nest({**stage.trunk, **stage.value_head}))
+    trained = trainable(config)
+    if stage.trunk is None:
+        definition, parameters = initial_parameters(settings, seed, value_head=critic is not None)
+    else:
+        definition, abstract = abstract_parameters(settings, value_head=critic is not None)
+        parameters = _placed(stage, abstract)
     optimizer = make_optimizer(optimizer_settings(config), steps)
     rate = make_schedule(optimizer_settings(config), steps)
-    state = initial_state(parameters, optimizer)
+    state = initial_state(parameters, optimizer, trained)
     del parameters
     reference = stage.reference or Reference(None, None)
 
     # ---- compiled functions ------------------------------------------------------------------------------------------
     weights = {"settings": weighting, "critic": critic, "reference_definition": reference.definition, "seed": seed}
     shared = {"definition": definition, "chunk_size": chunk_size}
-    update = jit_update(optimizer=optimizer, accumulation=config.train.accumulation, **weights, **shared)
+    update = jit_update(
+        optimizer=optimizer, accumulation=config.train.accumulation, trainable=trained, **weights, **shared
+    )
     inspect = jax.jit(functools.partial(inspect_tokens, **weights, **shared))
     sums = jax.jit(functools.partial(batch_sums, **shared))
     of_values = jax.jit(functools.partial(_value_sums, definition=definition, discount=config.critic.discount))
@@ -157,7 +175,7 @@ def train_values(stage: Stage, device: jax.Device, signals: StopSignals) -> None
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     definition, parameters = initial_parameters(settings, config.train.seed, value_head=True)
     parameters = {"value_head": parameters["value_head"]}
-    trunk = jax.device_put(nest(stage.trunk))
+    trunk = _placed(stage, abstract_parameters(settings)[1])
     optimizer = make_optimizer(optimizer_settings(config), steps)
     rate = make_schedule(optimizer_settings(config), steps)
 
@@ -203,6 +221,12 @@ def jit_update(**settings: Any) -> Callable[..., tuple[TrainState, StepMetrics]]
     """`train_step` with its settings, compiled: (state, batch, reference parameters) -> (state, metrics); it takes over the
     state's memory."""
     return jax.jit(functools.partial(train_step, **settings), donate_argnums=0)
+
+
+def _placed(stage: Stage, abstract: Parameters) -> Parameters:
+    """The parameters that a stage starts from on the device, one after the other."""
+    shapes = {name: leaf.shape for name, leaf in flatten(abstract).items()}
+    return nest({name: jax.device_put(array) for name, array in stage.initial(shapes)})
 
 
 def _value_sums(parameters: Parameters, batch: Batch, *, definition: nnx.GraphDef, discount: float) -> tuple:

@@ -18,9 +18,10 @@ from flax import nnx
 from wmtp_jax import algorithms, weighting
 from wmtp_jax.critic import token_score, value_loss
 from wmtp_jax.losses import TokenStatistics, token_statistics, weighted_mean
-from wmtp_jax.model import Model, Parameters, merge
+from wmtp_jax.model import Model, Parameters, merge, separate, unite
 from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss
 from wmtp_jax.settings import Critic, Weighting
+from wmtp_jax.trainable import ALL, Trainable
 
 Array = jax.Array
 # tokens, segment_ids, positions [B, S]; targets, mask [B, S, H]; where they were scored beforehand, reference_loss [B, S]:
@@ -150,8 +151,9 @@ def loss_and_gradients(
     seed: int = 0,
     accumulation: int = 1,
     chunk_size: int | None = None,
+    trainable: Trainable = ALL,
 ) -> WeightedLoss:
-    """The weighted loss of a batch and its gradient.
+    """The weighted loss of a batch and its gradient in the parameters that are trained.
 
     With `accumulation` A > 1 the rows go through in A parts; loss and gradient are those of the whole batch up to
     rounding. Weights of batch or head scope then cost one more forward pass, which collects the statistics first.
@@ -167,7 +169,10 @@ def loss_and_gradients(
       seed: of the random permutation (`settings.permute`).
       accumulation: parts.
       chunk_size: tokens whose logits are held at once; None leaves it to the loss.
+      trainable: what the gradient is in; of the rest none is made.
     """
+    trained, frozen = separate(parameters, trainable)
+
     # With padding, heads and parts have different numbers of valid entries: one global denominator keeps the mean a mean.
     denominator = batch["mask"].sum().astype(jnp.float32)
     value_denominator = batch["rewarded"].sum().astype(jnp.float32) if critic else None
@@ -182,13 +187,13 @@ def loss_and_gradients(
             return weighting.align_to_heads(part["reference_loss"], num_heads=part["mask"].shape[-1])
         return reference_loss(reference, part, alignment=settings.alignment, chunk_size=chunk_size)
 
-    def forward(parameters: Parameters, part: Batch) -> tuple[TokenStatistics, Array | None]:
-        model = merge(definition, parameters)
+    def forward(trained: Parameters, part: Batch) -> tuple[TokenStatistics, Array | None]:
+        model = merge(definition, unite(trained, frozen))
         statistics, shared = _statistics_and_states(model, part, chunk_size=chunk_size)
         return statistics, token_values(model, shared, train_trunk=critic.train_trunk) if critic else None
 
-    def objective(parameters: Parameters, part: Batch, given: Array | None) -> tuple[Array, tuple[tuple, tuple]]:
-        statistics, values = forward(parameters, part)
+    def objective(trained: Parameters, part: Batch, given: Array | None) -> tuple[Array, tuple[tuple, tuple]]:
+        statistics, values = forward(trained, part)
         weights = weigh(statistics, part, reference_of(part), values) if given is None else given
         loss = weighted_mean(statistics.loss, weights, part["mask"], denominator=denominator)
         of_values = jnp.zeros_like(loss)
@@ -202,7 +207,7 @@ def loss_and_gradients(
 
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
     if accumulation == 1:
-        (_, (sums, entries)), gradients = value_and_grad(parameters, batch, None)
+        (_, (sums, entries)), gradients = value_and_grad(trained, batch, None)
         return WeightedLoss(*sums, gradients, *entries)
 
     batches, whole = _parts(batch, accumulation)
@@ -210,7 +215,7 @@ def loss_and_gradients(
     if not settings.is_local:
 
         def collect(_: None, part: Batch) -> tuple[None, tuple[TokenStatistics, Array | None, Array | None]]:
-            statistics, values = forward(parameters, part)
+            statistics, values = forward(trained, part)
             return None, jax.lax.stop_gradient((statistics, reference_of(part), values))
 
         _, collected = jax.lax.scan(collect, None, batches)
@@ -219,11 +224,11 @@ def loss_and_gradients(
 
     def add(carry: tuple, scanned: tuple[Batch, Array | None]) -> tuple[tuple, tuple]:
         part, part_weights = scanned
-        (_, (sums, entries)), gradients = value_and_grad(parameters, part, part_weights)
+        (_, (sums, entries)), gradients = value_and_grad(trained, part, part_weights)
         return jax.tree.map(jnp.add, carry, (sums, gradients)), entries
 
     zero = jnp.zeros((), jnp.float32)
-    start = ((zero, zero), jax.tree.map(jnp.zeros_like, parameters))
+    start = ((zero, zero), jax.tree.map(jnp.zeros_like, trained))
     (sums, gradients), entries = jax.lax.scan(add, start, (batches, given))
     return WeightedLoss(*sums, gradients, *jax.tree.map(whole, entries))
 
@@ -264,8 +269,10 @@ def train_step(
     seed: int = 0,
     accumulation: int = 1,
     chunk_size: int | None = None,
+    trainable: Trainable = ALL,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update. Where loss or gradient is not finite, parameters and optimizer stay as they were and `finite` is False."""
+    """One update of the parameters that are trained. Where loss or gradient is not finite, parameters and optimizer stay as
+    they were and `finite` is False."""
     reference = None if reference_parameters is None else Reference(reference_definition, reference_parameters)
     done = loss_and_gradients(
         state.parameters,
@@ -278,8 +285,9 @@ def train_step(
         seed=seed,
         accumulation=accumulation,
         chunk_size=chunk_size,
+        trainable=trainable,
     )
-    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer)
+    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer, trainable)
     metrics = StepMetrics(
         loss=done.loss,
         ce_head=masked_head_means(done.losses, batch["mask"]),
@@ -333,17 +341,22 @@ def value_step(
 
 
 def _apply(
-    state: TrainState, loss: Array, gradients: Parameters, optimizer: optax.GradientTransformation
+    state: TrainState,
+    loss: Array,
+    gradients: Parameters,
+    optimizer: optax.GradientTransformation,
+    trainable: Trainable = ALL,
 ) -> tuple[TrainState, Array]:
     """The state after an update, or as it was but counted where loss or gradient is not finite, and which of the two."""
     finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
-    updated = (optax.apply_updates(state.parameters, updates), optimizer_state)
-    parameters, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), updated, (state.parameters, state.optimizer_state)
+    trained, frozen = separate(state.parameters, trainable)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, trained)
+    updated = (optax.apply_updates(trained, updates), optimizer_state)
+    trained, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), updated, (trained, state.optimizer_state)
     )
     skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-    return TrainState(state.step + 1, skipped, parameters, optimizer_state), finite
+    return TrainState(state.step + 1, skipped, unite(trained, frozen), optimizer_state), finite
 
 
 def inspect_tokens(
@@ -377,8 +390,10 @@ def inspect_tokens(
     return entries
 
 
-def initial_state(parameters: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
+def initial_state(
+    parameters: Parameters, optimizer: optax.GradientTransformation, trainable: Trainable = ALL
+) -> TrainState:
+    """The state before the first update; the optimizer keeps nothing of what is not trained."""
     # Two arrays, not one twice: the update takes over the memory of each.
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-    return TrainState(step, skipped, parameters, optimizer.init(parameters))
+    return TrainState(step, skipped, parameters, optimizer.init(separate(parameters, trainable)[0]))

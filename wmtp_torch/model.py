@@ -8,6 +8,7 @@ Shapes: B rows, S positions, D width, N query heads, K key/value heads, C head s
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -108,15 +109,26 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Module):
-    """`y = x @ kernel (+ bias)`, kernel `[in, out]`; cast to the type of `x`."""
+    """`y = x @ kernel (+ bias)`, kernel `[in, out]`; cast to the type of `x`.
 
-    def __init__(self, size_in: int, size_out: int, *, bias: bool, scale: float, initial: Initial):
+    With an `adapter` (rank, factor), `y` also has `factor * (x @ lora_down) @ lora_up`, see `trainable.py`.
+    """
+
+    def __init__(
+        self, size_in: int, size_out: int, *, bias: bool, scale: float, initial: Initial, adapter: tuple[int, float] = (0, 1.0)
+    ):
         super().__init__()
         self.kernel = initial.normal(scale, size_in, size_out)
         self.bias = initial.full(0.0, size_out) if bias else None
+        self.rank, self.factor = adapter
+        if self.rank:
+            self.lora_down = initial.normal(size_in**-0.5, size_in, self.rank)
+            self.lora_up = initial.full(0.0, self.rank, size_out)
 
     def forward(self, x: Array) -> Array:
         y = x @ self.kernel.to(x.dtype)
+        if self.rank:
+            y = y + self.factor * ((x @ self.lora_down.to(x.dtype)) @ self.lora_up.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
@@ -127,12 +139,13 @@ class Attention(nn.Module):
         super().__init__()
         s = settings
         inner, inner_kv = s.attention_heads * s.head_dim, s.kv_heads * s.head_dim
-        project = functools.partial(Projection, s.width, scale=s.initial_scale, initial=initial)
+        make = functools.partial(Projection, initial=initial, adapter=(s.lora_rank, s.lora_scale))
+        project = functools.partial(make, s.width, scale=s.initial_scale)
         bias = s.qkv_bias or s.linear_bias
         self.head_dim = s.head_dim
         self.query, self.key, self.value = (project(size, bias=bias) for size in (inner, inner_kv, inner_kv))
         bias = s.output_bias or s.linear_bias
-        self.output = Projection(inner, s.width, bias=bias, scale=_residual_scale(s), initial=initial)
+        self.output = make(inner, s.width, bias=bias, scale=_residual_scale(s))
         self.qk_norm = s.qk_norm
         if s.qk_norm:
             self.query_norm = Norm(s.head_dim, s, kind="rmsnorm", initial=initial)
@@ -155,7 +168,8 @@ class FeedForward(nn.Module):
     def __init__(self, settings: ModelSettings, *, initial: Initial):
         super().__init__()
         s = settings
-        options = {"bias": s.mlp_bias or s.linear_bias, "initial": initial}
+        adapter = (s.lora_rank, s.lora_scale)
+        options = {"bias": s.mlp_bias or s.linear_bias, "initial": initial, "adapter": adapter}
         self.gated = s.activation == "swiglu"
         if self.gated:
             self.gate = Projection(s.width, s.mlp_width, scale=s.initial_scale, **options)
@@ -269,8 +283,9 @@ class Model(nn.Module):
         self.embedding = initial.normal(s.initial_scale, s.vocabulary_size, s.width)
         if s.positions == "learned":
             self.position_embedding = initial.normal(s.initial_scale, s.max_positions, s.width)
-        layer = functools.partial(Layer, s)
-        self.layers = stack(layer, s.layers - (s.head_kind == "block"), initial=initial)
+        plain = dataclasses.replace(s, lora_rank=0)  # adapters are the trunk's
+        layer = functools.partial(Layer, plain)
+        self.layers = stack(functools.partial(Layer, s), s.layers - (s.head_kind == "block"), initial=initial)
         self.final_norm = Norm(s.width, s, initial=initial)
         if not s.tie_embeddings:
             self.unembedding = initial.normal(s.initial_scale, s.width, s.vocabulary_size)
@@ -281,7 +296,7 @@ class Model(nn.Module):
             case "block":
                 self.heads = stack(layer, s.num_heads, initial=initial)
             case "sequential":
-                self.heads = stack(functools.partial(SequentialHead, s), s.num_heads - 1, initial=initial)
+                self.heads = stack(functools.partial(SequentialHead, plain), s.num_heads - 1, initial=initial)
             case _:
                 raise ValueError(f"head kind {s.head_kind!r}: must be linear, block or sequential")
         self.value_head = ValueHead(s, initial=initial) if value_head else None

@@ -7,8 +7,10 @@ state, functions of a step, loop, summary.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,24 @@ from ml_collections import ConfigDict
 
 from wmtp_jax import loop, summary
 from wmtp_jax.cli import StopSignals
-from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.metrics import evaluate, value_metrics
 from wmtp_jax.experiment import (
     critic_settings,
-    model_settings,
     optimizer_settings,
     peak_learning_rate,
     total_steps,
+    trainable,
     weighting_settings,
 )
 from wmtp_jax.flops import flops_per_token, measured_peak, peak_of, trunk_flops_per_token
+from wmtp_jax.origins import is_published
+from wmtp_jax.pretrained import open_pretrained
+from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.records import StepMetrics, ValueMetrics
 from wmtp_jax.run_directory import CHECKPOINTS
+from wmtp_jax.settings import ModelSettings
 from wmtp_jax.stages import Stage, finish_model, finish_values, plan_rows, run_experiment
 from wmtp_torch.checkpoint import Checkpoints, load_model
 from wmtp_torch.critic import value_sums
@@ -78,15 +83,21 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def print_plan(config: ConfigDict, corpus: Corpus, device: torch.device) -> None:
+def print_plan(stage: Stage, device: torch.device) -> None:
     """What a run would do; what it needs of memory is the JAX backend's to say."""
-    settings = model_settings(config.model, corpus.tokenizer.vocabulary_size, config.data.sequence_length)
+    config, corpus, settings = stage.config, stage.corpus, stage.model
     model = Model(settings, value_head=critic_settings(config) is not None)
     rows = plan_rows(config, corpus, settings, sum(p.numel() for p in model.parameters()))
     print(summary.facts("plan (--dry_run: nothing is trained)", [*rows, ("device", str(device))]))
 
 
 def load_reference(path: str | Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
+    if is_published(path):
+        published = open_pretrained(path)
+        shapes = _shapes(published.settings)
+        named = gather(published, shapes, num_heads=1, head_kind="linear")
+        model = merge(published.settings, _place(named, device))
+        return model.requires_grad_(False), {"model": dataclasses.asdict(published.settings)}
     model, metadata = load_model(path)
     return model.to(device).requires_grad_(False), metadata
 
@@ -106,18 +117,18 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     if stage.trunk is None:
-        parameters = initial_parameters(settings, seed, value_head=critic is not None)
+        parameters = _move(initial_parameters(settings, seed, value_head=critic is not None), device)
     else:
-        parameters = {**stage.trunk, **stage.value_head}
-    model = merge(settings, _move(parameters, device))
-    parameters = {name: parameter.requires_grad_() for name, parameter in model.named_parameters()}
+        parameters = _place(stage.initial(_shapes(settings, value_head=critic is not None)), device)
+    model, trained = merge(settings, parameters), trainable(config)
+    parameters = {n: p.requires_grad_(trained.first(n) is not None) for n, p in model.named_parameters()}
     optimizer = Optimizer(optimizer_settings(config), steps, device=device)
     rate = make_schedule(optimizer_settings(config), steps)
 
     # ---- functions of a step -----------------------------------------------------------------------------------------
     shared = {"settings": weighting, "critic": critic, "reference": stage.reference, "seed": seed, "chunk_size": chunk_size}
     step = functools.partial(
-        train_step, model=model, optimizer=optimizer, accumulation=config.train.accumulation, **shared
+        train_step, model=model, optimizer=optimizer, accumulation=config.train.accumulation, trainable=trained, **shared
     )
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
@@ -144,7 +155,7 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
         NAME,
         headline=f"{weighting.algorithm}, {settings.num_heads} {settings.head_kind} heads, {count:,} parameters, "
         f"torch on {device.type}",
-        state=initial_state(parameters, optimizer),
+        state=initial_state(parameters, optimizer, trained),
         update=lambda state, batch: step(state, _move(batch, device)),
         measure=measure,
         explain=_explain,
@@ -170,7 +181,8 @@ def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> No
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     fresh = initial_parameters(settings, config.train.seed, value_head=True)
     head = {name: parameter for name, parameter in fresh.items() if name.startswith("value_head.")}
-    model = merge(settings, _move({**stage.trunk, **head}, device)).requires_grad_(False)
+    trunk = _place(stage.initial(_shapes(settings)), device)
+    model = merge(settings, {**trunk, **_move(head, device)}).requires_grad_(False)
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if name in head}
     optimizer = Optimizer(optimizer_settings(config), steps, device=device)
     rate = make_schedule(optimizer_settings(config), steps)
@@ -247,6 +259,20 @@ def _move(arrays: dict[str, Any], device: torch.device) -> dict[str, torch.Tenso
     # A copy first: a memory map is read-only, and a CPU device would train in it.
     tensors = {n: x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for n, x in arrays.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def _place(named: Iterable[tuple[str, np.ndarray]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Arrays on the device, one after the other."""
+    placed = {}
+    for name, array in named:
+        # Published tensors come in memory of their own, which a CPU takes over; a checkpoint's are a read-only map.
+        own = array if array.flags.writeable and array.flags.c_contiguous else np.array(array)
+        placed[name] = torch.from_numpy(own).to(device)
+    return placed
+
+
+def _shapes(settings: ModelSettings, *, value_head: bool = False) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in Model(settings, value_head=value_head).named_parameters()}
 
 
 def _numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

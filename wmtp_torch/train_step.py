@@ -14,6 +14,7 @@ import torch
 from wmtp_jax import algorithms
 from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss
 from wmtp_jax.settings import Critic, Weighting
+from wmtp_jax.trainable import ALL, Trainable
 from wmtp_torch import weighting
 from wmtp_torch.critic import token_score, value_loss
 from wmtp_torch.losses import TokenStatistics, token_statistics, weighted_mean
@@ -143,6 +144,7 @@ def loss_and_gradients(
     seed: int = 0,
     accumulation: int = 1,
     chunk_size: int | None = None,
+    trainable: Trainable = ALL,
 ) -> WeightedLoss:
     """The weighted loss of a batch and its gradient in the model's parameters that require one.
 
@@ -159,6 +161,7 @@ def loss_and_gradients(
       seed: of the random permutation (`settings.permute`).
       accumulation: parts.
       chunk_size: tokens whose logits are held at once; None leaves it to the loss.
+      trainable: what of them the gradient is in.
     """
     # With padding, heads and parts have different numbers of valid entries: one global denominator keeps the mean a mean.
     denominator = batch["mask"].sum().float()
@@ -207,7 +210,7 @@ def loss_and_gradients(
         _add(gradients, parameters, total)
         entries.append((statistics.loss.detach(), weights))
     losses, weights = (_whole(parts) for parts in zip(*entries, strict=True))
-    return WeightedLoss(loss, of_values, gradients, losses, weights)
+    return WeightedLoss(loss, of_values, trainable.trained(gradients), losses, weights)
 
 
 def _add(gradients: Parameters, parameters: Parameters, loss: Array) -> None:
@@ -249,8 +252,10 @@ def train_step(
     seed: int = 0,
     accumulation: int = 1,
     chunk_size: int | None = None,
+    trainable: Trainable = ALL,
 ) -> tuple[TrainState, StepMetrics]:
-    """One update. Where loss or gradient is not finite, parameters and optimizer stay as they were and `finite` is False.
+    """One update of the parameters that are trained. Where loss or gradient is not finite, parameters and optimizer stay as
+    they were and `finite` is False.
 
     `state.parameters` are those of `model`, changed in place.
     """
@@ -264,10 +269,11 @@ def train_step(
         seed=seed,
         accumulation=accumulation,
         chunk_size=chunk_size,
+        trainable=trainable,
     )
     # Of the model alone: a figure that means the same for every algorithm. Before the update, which clips in place.
     norm = global_norm([g for name, g in done.gradients.items() if not name.startswith("value_head.")])
-    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer)
+    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer, trainable)
     metrics = StepMetrics(
         loss=done.loss,
         ce_head=masked_head_means(done.losses, batch["mask"]),
@@ -311,11 +317,11 @@ def value_step(
 
 
 def _apply(
-    state: TrainState, loss: Array, gradients: Parameters, optimizer: Optimizer
+    state: TrainState, loss: Array, gradients: Parameters, optimizer: Optimizer, trainable: Trainable = ALL
 ) -> tuple[TrainState, Array]:
     """The state after an update, or as it was but counted where loss or gradient is not finite, and which of the two."""
     finite = torch.isfinite(loss) & torch.isfinite(global_norm(list(gradients.values())))
-    optimizer.update(state.parameters, gradients, state.optimizer_state, finite=finite)
+    optimizer.update(trainable.trained(state.parameters), gradients, state.optimizer_state, finite=finite)
     return state._replace(step=state.step + 1, skipped=state.skipped + (~finite).int()), finite
 
 
@@ -347,7 +353,7 @@ def inspect_tokens(
     return entries
 
 
-def initial_state(parameters: Parameters, optimizer: Optimizer) -> TrainState:
-    """The state before the first update."""
-    state = optimizer.init(parameters)
+def initial_state(parameters: Parameters, optimizer: Optimizer, trainable: Trainable = ALL) -> TrainState:
+    """The state before the first update; the optimizer keeps nothing of what is not trained."""
+    state = optimizer.init(trainable.trained(parameters))
     return TrainState(0, torch.zeros_like(state.count), parameters, state)

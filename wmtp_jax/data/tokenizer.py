@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.pretrained.gguf_tokenizer import tokenizer_files
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_BPE_VOCABULARY = 257  # every byte and the end of text
@@ -204,12 +205,14 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
-    """A tokenizer from a directory (`tokenizer.json`, or whatever `transformers.AutoTokenizer` reads) or a hub name.
+    """A tokenizer from a directory (`tokenizer.json`, or whatever `transformers.AutoTokenizer` reads), a GGUF file or a hub name.
 
     Raises:
-      UserError: neither a directory nor a hub repository within reach, or files that make no tokenizer.
+      UserError: neither a directory, a file nor a hub repository within reach, or files that make no tokenizer.
     """
     name = os.path.expanduser(name)
+    if os.path.isfile(name):
+        return Tokenizer(tokenizer_files(Path(name)), name)
     directory = Path(name if os.path.isdir(name) else _download(name))
     files = _read_files(directory)
     if "tokenizer.json" not in files:

@@ -5,6 +5,7 @@ Shapes: B rows, S positions, D width, N query heads, K key/value heads, C head s
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -91,16 +92,28 @@ class Norm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """`y = x @ kernel (+ bias)`, kernel `[in, out]`; cast to the type of `x`."""
+    """`y = x @ kernel (+ bias)`, kernel `[in, out]`; cast to the type of `x`.
 
-    def __init__(self, size_in: int, size_out: int, *, bias: bool, scale: float, rngs: nnx.Rngs):
+    With an `adapter` (rank, factor), `y` also has `factor * (x @ lora_down) @ lora_up`, see `trainable.py`.
+    """
+
+    def __init__(
+        self, size_in: int, size_out: int, *, bias: bool, scale: float, rngs: nnx.Rngs, adapter: tuple[int, float] = (0, 1.0)
+    ):
         self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (size_in, size_out), jnp.float32))
         self.has_bias = bias
         if bias:
             self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
+        self.rank, self.factor = adapter
+        if self.rank:
+            noise = jax.random.normal(rngs.params(), (size_in, self.rank), jnp.float32)
+            self.lora_down = nnx.Param(size_in**-0.5 * noise)
+            self.lora_up = nnx.Param(jnp.zeros((self.rank, size_out), jnp.float32))
 
     def __call__(self, x: Array) -> Array:
         y = x @ self.kernel[...].astype(x.dtype)
+        if self.rank:
+            y = y + self.factor * ((x @ self.lora_down[...].astype(x.dtype)) @ self.lora_up[...].astype(x.dtype))
         return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
@@ -112,12 +125,11 @@ class Attention(nnx.Module):
         bias = s.qkv_bias or s.linear_bias
         self.head_dim = s.head_dim
         inner, inner_kv = s.attention_heads * s.head_dim, s.kv_heads * s.head_dim
-        self.query = Projection(s.width, inner, bias=bias, scale=s.initial_scale, rngs=rngs)
-        self.key = Projection(s.width, inner_kv, bias=bias, scale=s.initial_scale, rngs=rngs)
-        self.value = Projection(s.width, inner_kv, bias=bias, scale=s.initial_scale, rngs=rngs)
-        self.output = Projection(
-            inner, s.width, bias=s.output_bias or s.linear_bias, scale=_residual_scale(s), rngs=rngs
-        )
+        make = functools.partial(Projection, rngs=rngs, adapter=(s.lora_rank, s.lora_scale))
+        self.query = make(s.width, inner, bias=bias, scale=s.initial_scale)
+        self.key = make(s.width, inner_kv, bias=bias, scale=s.initial_scale)
+        self.value = make(s.width, inner_kv, bias=bias, scale=s.initial_scale)
+        self.output = make(inner, s.width, bias=s.output_bias or s.linear_bias, scale=_residual_scale(s))
         self.qk_norm = s.qk_norm
         if s.qk_norm:
             self.query_norm = Norm(s.head_dim, s, kind="rmsnorm")
@@ -147,10 +159,11 @@ class FeedForward(nnx.Module):
         s = settings
         bias = s.mlp_bias or s.linear_bias
         self.gated = s.activation == "swiglu"
+        make = functools.partial(Projection, bias=bias, rngs=rngs, adapter=(s.lora_rank, s.lora_scale))
         if self.gated:
-            self.gate = Projection(s.width, s.mlp_width, bias=bias, scale=s.initial_scale, rngs=rngs)
-        self.up = Projection(s.width, s.mlp_width, bias=bias, scale=s.initial_scale, rngs=rngs)
-        self.down = Projection(s.mlp_width, s.width, bias=bias, scale=_residual_scale(s), rngs=rngs)
+            self.gate = make(s.width, s.mlp_width, scale=s.initial_scale)
+        self.up = make(s.width, s.mlp_width, scale=s.initial_scale)
+        self.down = make(s.mlp_width, s.width, scale=_residual_scale(s))
 
     def __call__(self, x: Array) -> Array:
         if self.gated:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import nnx
+import jax.numpy as jnp
+from flax import nnx, traverse_util
 
 from wmtp_jax.model.transformer import Model
 from wmtp_jax.settings import ModelSettings
+from wmtp_jax.trainable import Trainable
 
 Parameters = dict[str, Any]
 
@@ -37,6 +39,24 @@ def initial_parameters(
 def abstract_parameters(settings: ModelSettings, *, value_head: bool = False) -> tuple[nnx.GraphDef, Parameters]:
     """A model's structure and its parameters' shapes and types, without making them."""
     return split(nnx.eval_shape(lambda: Model(settings, rngs=nnx.Rngs(0), value_head=value_head)))
+
+
+def flatten(parameters: Parameters) -> dict[str, Any]:
+    """The inverse of `nest`."""
+    return traverse_util.flatten_dict(parameters, sep=".")
+
+
+def separate(parameters: Parameters, trainable: Trainable) -> tuple[Parameters, Parameters]:
+    """What is trained and what is frozen; a parameter of which only a part is trained is in both, see `unite`."""
+    named = flatten(parameters)
+    return nest(trainable.trained(named)), nest(trainable.frozen(named))
+
+
+def unite(trained: Parameters, frozen: Parameters) -> Parameters:
+    """The parameters that `separate` took apart."""
+    trained, frozen = flatten(trained), flatten(frozen)
+    both = {name: jnp.concatenate([frozen[name], trained[name]]) for name in trained.keys() & frozen.keys()}
+    return nest({**frozen, **trained, **both})
 
 
 def nest(named: Mapping[str, Any]) -> Parameters:

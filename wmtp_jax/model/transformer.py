@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,7 @@ class Model(nnx.Module):
     def __init__(self, settings: ModelSettings, *, rngs: nnx.Rngs, value_head: bool = False):
         s = settings
         self.settings = s
+        plain = dataclasses.replace(s, lora_rank=0)  # adapters are the trunk's
 
         def normal(*shape: int) -> nnx.Param:
             return nnx.Param(s.initial_scale * jax.random.normal(rngs.params(), shape, jnp.float32))
@@ -90,9 +92,9 @@ class Model(nnx.Module):
             case "linear":
                 self.heads = normal(s.num_heads - 1, s.width, s.vocabulary_size) if s.num_heads > 1 else None
             case "block":
-                self.heads = stack(lambda rngs: Layer(s, rngs=rngs), s.num_heads, rngs=rngs)
+                self.heads = stack(lambda rngs: Layer(plain, rngs=rngs), s.num_heads, rngs=rngs)
             case "sequential":
-                self.heads = stack(lambda rngs: SequentialHead(s, rngs=rngs), s.num_heads - 1, rngs=rngs)
+                self.heads = stack(lambda rngs: SequentialHead(plain, rngs=rngs), s.num_heads - 1, rngs=rngs)
             case _:
                 raise ValueError(f"head kind {s.head_kind!r}: must be linear, block or sequential")
         self.value_head = ValueHead(s, rngs=rngs) if value_head else None

@@ -12,6 +12,11 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
 
 
+def is_remote(path: str | Path) -> bool:
+    """Whether a path that is not here may be a hub's name. Those under `runs/`, where runs lie by default, are not."""
+    return bool(_HUB_NAME.fullmatch(str(path))) and not str(path).startswith("runs/")
+
+
 def locate(path: str | Path) -> tuple[Path, str]:
     """A local path as it is, or the snapshot of a hub name `owner/name` or `owner/name@revision`, fetched if need be.
 
@@ -25,7 +30,7 @@ def locate(path: str | Path) -> tuple[Path, str]:
     if local.exists():
         return local, ""
     name = str(path)
-    if not _HUB_NAME.fullmatch(name):
+    if not is_remote(name):
         raise UserError(f"{path}: no such file or directory")
     # Imported late: most weights are local.
     from huggingface_hub import errors, snapshot_download

@@ -69,7 +69,7 @@ def open_checkpoint(directory: Path) -> Published:
             array = half_split(array, settings.kv_heads)
         return array.T if _transposed(ours) else array
 
-    return Published(directory, "meta-mtp", settings, read)
+    return Published(directory, "meta-mtp", settings, read, format="meta", config=params, files=(where, weights))
 
 
 def _transposed(ours: str) -> bool:

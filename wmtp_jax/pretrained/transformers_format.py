@@ -119,7 +119,8 @@ def open_directory(directory: Path) -> Published:
         array = array.T if place.transposed else array
         return array if place.columns is None else array[..., place.columns]
 
-    return Published(directory, name, settings, read)
+    files = (where, *sorted({stored[place.name].path for place in plan.values()}))
+    return Published(directory, name, settings, read, format="transformers", config=read_json(where), files=files)
 
 
 def read_settings(where: Path) -> tuple[str, ModelSettings]:
