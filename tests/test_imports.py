@@ -13,6 +13,7 @@ WITHOUT_JAX = [
     "wmtp_jax.data.build", "wmtp_jax.data.mutate", "wmtp_jax.data.judging", "wmtp_jax.data.problems",
     "wmtp_jax.data.tfds_builders", "wmtp_jax.schedule", "wmtp_jax.step_directories", "wmtp_jax.algorithms",
     "wmtp_jax.records", "wmtp_jax.checks", "wmtp_jax.origins", "wmtp_jax.trainable",
+    "wmtp_jax.scores", "wmtp_jax.scoring", "wmtp_jax.score",
     "wmtp_jax.data.corpus", "wmtp_jax.data.pipeline",
     "wmtp_jax.data.targets", "wmtp_jax.data.tokenizer", "wmtp_jax.errors", "wmtp_jax.evaluation.pass_at_k",
     "wmtp_jax.evaluation.sandbox", "wmtp_jax.pretrained", "wmtp_jax.progress", "wmtp_jax.report.curves",

@@ -47,8 +47,8 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def define_run_flags() -> None:
-    """The flags of both trainers: `--config` and how to run it."""
+def define_config_flag() -> None:
+    """`--config`, a recipe and its changes."""
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -56,6 +56,21 @@ def define_run_flags() -> None:
         "--config.SECTION.KEY=VALUE; wmtp_jax/config.py lists every key with its meaning.",
         lock_config=True,
     )
+
+
+def define_device_flag() -> None:
+    """`--device`."""
+    flags.DEFINE_string(
+        "device",
+        None,
+        "Where to compute: cpu, cuda or tpu (the torch backend: cpu, cuda or mps). By default the best there is.",
+    )
+
+
+def define_run_flags() -> None:
+    """The flags of both trainers: `--config` and how to run it."""
+    define_config_flag()
+    define_device_flag()
     flags.DEFINE_string("workdir", None, "The run directory. By default runs/RUN_NAME.")
     flags.DEFINE_string("run_name", None, "Name of the run in MLflow. By default the recipe's name and the algorithm.")
     flags.DEFINE_list("tags", [], "MLflow tags, KEY=VALUE[,KEY=VALUE...].")
@@ -67,11 +82,6 @@ def define_run_flags() -> None:
     )
     flags.DEFINE_bool("dry_run", False, "Resolve everything, print the plan (data, shapes, memory) and train nothing.")
     flags.DEFINE_bool("verbose", False, "Print the whole configuration and the libraries' own log lines.")
-    flags.DEFINE_string(
-        "device",
-        None,
-        "Where to compute: cpu, cuda or tpu (the torch backend: cpu, cuda or mps). By default the best there is.",
-    )
 
 
 def parse_tags(tags: list[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from wmtp_jax.data.pipeline import validation_batches
 from wmtp_jax.data.tokenizer import load_tokenizer
 from wmtp_jax.errors import UserError
 from wmtp_jax.origins import tokenizer_of
+from wmtp_jax.pretrained import open_reward_model
 from wmtp_jax.run_directory import find_checkpoint
 from wmtp_jax.settings import ModelSettings
 
@@ -53,6 +54,26 @@ def check_reference(
         raise UserError(
             f"{key}: has {heads} heads, and reference.alignment = 'same_prefix' needs model.heads.count ({num_heads}); use "
             "'next_token'"
+        )
+
+
+def check_reward_model(path: str | Path, corpus: Corpus) -> None:
+    """Refuses a published sequence classifier that can't score the data.
+
+    Raises:
+      UserError: it is none, or of an architecture that is not reproduced, has another tokenizer, or too few learned positions.
+    """
+    key = f"config.reward.model = {str(path)!r}"
+    settings = open_reward_model(path).settings
+    check_same_tokenizer(path, corpus, key=key)
+    if settings.vocabulary_size < corpus.tokenizer.vocabulary_size:
+        raise UserError(
+            f"{key}: has a vocabulary of {settings.vocabulary_size}, this run's tokenizer {corpus.tokenizer.vocabulary_size}"
+        )
+    if settings.positions == "learned" and settings.max_positions < corpus.sequence_length:
+        raise UserError(
+            f"{key}: has {settings.max_positions} learned positions, fewer than config.data.sequence_length "
+            f"({corpus.sequence_length})"
         )
 
 

@@ -134,6 +134,9 @@ def defaults() -> ConfigDict:
     # a run directory or checkpoint of this program, or published weights as pretrained.path takes them; "": train one first,
     # see steps
     c.reference.path = ""
+    # auto: those that python -m wmtp_jax.score stored for this data, where there are any, else computed in every step
+    # | step: computed in every step | a directory that score made: these and no others
+    c.reference.losses = "auto"
     c.reference.alignment = "next_token"  # next_token (from each target's own prefix) | same_prefix (an MTP reference)
     c.reference.steps = 0  # where path is "": steps of the reference's own run; 0: refuse to start without a path
     c.reference.model = model_defaults()
@@ -141,9 +144,11 @@ def defaults() -> ConfigDict:
 
     c.reward = ConfigDict()  # what critic-wmtp's value function learns: a number a text, standardised over the training rows
     # likelihood: mean log-likelihood a token under the reference model | unit_tests: the labels stored with the data
-    # | reward_model: a function of one's own
+    # | reward_model: a published sequence classifier, or a function of one's own
     c.reward.source = "likelihood"
-    c.reward.model = ""  # reward_model: MODULE:FUNCTION, (token arrays, tokenizer) -> numbers
+    # reward_model: a `transformers` directory or hub name of a *ForSequenceClassification with one label and this run's
+    # tokenizer, or MODULE:FUNCTION, (token arrays, tokenizer) -> numbers
+    c.reward.model = ""
 
     c.critic = ConfigDict()  # for critic-wmtp; its stages are runs of their own in WORKDIR/trunk and WORKDIR/value
     # a run or checkpoint of this program with the same model, or published weights; "": train one first, see trunk_steps
@@ -364,6 +369,10 @@ def _validate_reference(config: ConfigDict) -> None:
         _refuse("reference.alignment", c.alignment, "next_token | same_prefix")
     if c.steps < 0:
         _refuse("reference.steps", c.steps, "0 or more")
+    if not c.losses:
+        _refuse("reference.losses", c.losses, "auto, step or a directory of stored losses")
+    if c.losses not in ("auto", "step") and c.alignment == "same_prefix":
+        _refuse("reference.losses", c.losses, "step where reference.alignment = 'same_prefix': one loss a token is stored")
     if not uses_reference(config):
         return
     if not c.path and not c.steps:
@@ -433,7 +442,7 @@ def _validate_critic(config: ConfigDict) -> None:
     if c.head and not c.trunk and (c.trunk_steps or not config.pretrained.path):
         raise UserError(f"config.critic.head = {c.head!r}: belongs to the model it was trained on; set config.critic.trunk to it")
     if config.reward.source == "reward_model" and not config.reward.model:
-        _refuse("reward.model", config.reward.model, "MODULE:FUNCTION where reward.source = 'reward_model'")
+        _refuse("reward.model", config.reward.model, "a directory or MODULE:FUNCTION where reward.source = 'reward_model'")
 
 
 def uses_reference(config: ConfigDict) -> bool:

@@ -39,13 +39,16 @@ def print_plan(stage: Stage, device: jax.Device) -> None:
     optimizer = make_optimizer(optimizer_settings(config), steps)
     state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, trainable(config)), parameters)
     # One that scores rewards is gone before the update.
-    reference = _abstract_reference(config, settings.vocabulary_size) if weighting.needs_reference else None
+    in_step = weighting.needs_reference and not stage.has_losses
+    reference = _abstract_reference(config, settings.vocabulary_size) if in_step else None
     shape = (config.train.batch_size, config.data.sequence_length)
     heads = (*shape, settings.num_heads)
     shapes = {name: (shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
     shapes |= {"targets": (heads, np.int32), "mask": (heads, np.bool_)}
     if critic is not None:
         shapes |= {"rewards": (shape, np.float32), "rewarded": (shape, np.bool_)}
+    if stage.has_losses:
+        shapes["reference_loss"] = (shape, np.float32)
     batch = {name: jax.ShapeDtypeStruct(*description) for name, description in shapes.items()}
     update = functools.partial(
         train_step,
@@ -66,7 +69,7 @@ def print_plan(stage: Stage, device: jax.Device) -> None:
         return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
     rows = [
-        *plan_rows(config, corpus, settings, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))),
+        *plan_rows(stage, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))),
         ("memory", f"{summary.human_bytes(size(state.parameters))} parameters, "
                    f"{summary.human_bytes(size(state.optimizer_state))} optimizer, "
                    f"{summary.human_bytes(memory.temp_size_in_bytes)} gradients and temporaries (compiled)"

@@ -7,11 +7,12 @@ the source's key, so that it is asked once; see `with_rewards`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from wmtp_jax.data.corpus import Corpus, PackedSource
 from wmtp_jax.data.scan import SPLITS
 from wmtp_jax.data.tokenizer import Tokenizer
 from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.scores import in_parts, kept_parts, row_batches
 
 _FORMAT = 1
 COLUMNS = ("rewards", "rewarded")
@@ -131,6 +133,28 @@ def reward_model(spec: str, tokenizer: Tokenizer) -> RewardSource:
     return RewardSource("reward_model", f"reward_model:{spec}:{hashlib.sha256(source).hexdigest()}", score)
 
 
+def classifier(
+    states_score: Callable[[np.ndarray, np.ndarray], np.ndarray], *, key: str, pad_token_id: int | None, batch_rows: int
+) -> RewardSource:
+    """A published sequence classifier with one label: its number at a segment's last token that is not padding to it.
+
+    Args:
+      states_score: tokens, segment_ids `[B, S]` -> `[B, S]`, the number after every token, from the tokens of its segment.
+      key: of the classifier's files.
+      pad_token_id: of its configuration; often the end of text, which then counts no more than padding does.
+      batch_rows: B.
+    """
+
+    def score(tokens: np.ndarray, segment_ids: np.ndarray, _: np.ndarray | None) -> np.ndarray:
+        numbers, (rows, first, last) = states_score(tokens, segment_ids), segments(segment_ids)
+        place = np.where(tokens == pad_token_id, -1, np.arange(tokens.shape[1])) if pad_token_id is not None else None
+        if place is not None:
+            last = np.maximum(np.maximum.accumulate(place, axis=1)[rows, last], first)
+        return numbers[rows, last].astype(np.float64)
+
+    return RewardSource("reward_model", f"reward_model:{key}", score, batch_rows)
+
+
 # ---- over a corpus ---------------------------------------------------------------------------------------------------
 
 
@@ -143,10 +167,7 @@ def with_rewards(corpus: Corpus, source: RewardSource) -> Corpus:
     Raises:
       UserError: a text without a label, an infinite reward, or rewards that are all alike.
     """
-    key = hashlib.sha256(json.dumps([_FORMAT, source.key]).encode()).hexdigest()[:32]
-    directory = corpus.directory / "rewards" / key
-    with disk_errors(corpus.directory, setting="config.data.cache_dir"):
-        cache.make_once(directory, lambda partial: _build(corpus, source, partial))
+    directory = make_rewards(corpus, source)
     return corpus.with_columns(
         [
             {side: {name: np.load(_path(directory, number, side, name), mmap_mode="r") for name in COLUMNS} for side in SPLITS}
@@ -155,14 +176,25 @@ def with_rewards(corpus: Corpus, source: RewardSource) -> Corpus:
     )
 
 
+def make_rewards(corpus: Corpus, source: RewardSource) -> Path:
+    """Computes the rewards of a corpus, or finds them computed, and says where they lie; see `with_rewards`."""
+    key = hashlib.sha256(json.dumps([_FORMAT, source.key]).encode()).hexdigest()[:32]
+    directory = corpus.directory / "rewards" / key
+    parts = directory.with_name(f".{key}.parts")
+    with disk_errors(corpus.directory, setting="config.data.cache_dir"):
+        with kept_parts(parts):
+            cache.make_once(directory, lambda partial: _build(corpus, source, partial, parts))
+    return directory
+
+
 def rewards_key(corpus: Corpus, source: RewardSource) -> str:
     """What a run's rewards were made from, for its checkpoints."""
     return hashlib.sha256(f"{corpus.hash} {source.key}".encode()).hexdigest()
 
 
-def _build(corpus: Corpus, source: RewardSource, directory: Path) -> None:
+def _build(corpus: Corpus, source: RewardSource, directory: Path, parts: Path) -> None:
     raw = {
-        (number, side): _numbers(packed, side, source)
+        (number, side): _numbers(packed, side, source, parts, f"{source.batch_rows}-{number}-{side}")
         for number, packed in enumerate(corpus.sources)
         for side in SPLITS
     }
@@ -180,27 +212,13 @@ def _build(corpus: Corpus, source: RewardSource, directory: Path) -> None:
     (directory / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def _row_batches(packed: PackedSource, side: str, size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    rows = packed.train if side == "train" else packed.validation
-    labels = packed.labels[side] if packed.labels else None
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        columns = rows[part]
-        tokens, segment_ids = columns["tokens"].astype(np.int32), columns["segment_ids"].astype(np.int32)
-        yield tokens, segment_ids, None if labels is None else np.asarray(labels[part])
-
-
-def _numbers(packed: PackedSource, side: str, source: RewardSource) -> np.ndarray:
+def _numbers(packed: PackedSource, side: str, source: RewardSource, parts: Path, name: str) -> np.ndarray:
     """The rewards of one side's segments as the source gives them, float64 `[segments]`."""
-    parts: list[np.ndarray] = [np.zeros(0)]
-    for tokens, segment_ids, labels in _row_batches(packed, side, source.batch_rows):
-        count = len(tokens)
-        if count < source.batch_rows:  # one shape for all: a source may be compiled
-            padding = ((0, source.batch_rows - count), (0, 0))
-            tokens, segment_ids = np.pad(tokens, padding), np.pad(segment_ids, padding)
-            labels = None if labels is None else np.pad(labels, padding)
-        parts.append(source.score(tokens, segment_ids, labels))
-    numbers = np.concatenate(parts)
+    results = (
+        functools.partial(source.score, tokens, segment_ids, labels)
+        for _, tokens, segment_ids, labels in row_batches(packed, side, source.batch_rows)
+    )
+    numbers = np.concatenate([np.zeros(0), *in_parts(parts, name, results)])
     if source.name == "unit_tests" and np.isnan(numbers).any():
         missing = int(np.isnan(numbers).sum())
         raise UserError(
@@ -222,7 +240,8 @@ def _write(packed: PackedSource, number: int, side: str, numbers: np.ndarray, di
             header = {"descr": np.lib.format.dtype_to_descr(dtypes[name]), "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
         done = 0
-        for _, segment_ids, _ in _row_batches(packed, side, 1024):
+        for count, _, segment_ids, _ in row_batches(packed, side, 1024):
+            segment_ids = segment_ids[:count]
             row, first, last = segments(segment_ids)
             here = numbers[done : done + len(row)]
             done += len(row)

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import numpy as np
 from ml_collections import ConfigDict
 
-from wmtp_jax import compatible, loop, rewards, run_directory, summary
+from wmtp_jax import compatible, loop, rewards, run_directory, scores, summary
 from wmtp_jax.cli import Stopped, StopSignals
-from wmtp_jax.config import flatten, uses_reference, validate
+from wmtp_jax.config import ALGORITHMS, flatten, uses_reference, validate
 from wmtp_jax.data.bigram import bigram_metrics
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches
@@ -44,13 +44,14 @@ from wmtp_jax.origins import (
     base_settings,
     check_vocabulary,
     describe_base,
+    is_published,
     model_key,
     open_base,
     start_of,
     with_published_trunk,
 )
 from wmtp_jax.parameters_file import check_backend, read_parameters
-from wmtp_jax.pretrained import Published
+from wmtp_jax.pretrained import Published, open_reward_model
 from wmtp_jax.report.curves import draw_curves
 from wmtp_jax.run_directory import find_checkpoint, write_json
 from wmtp_jax.settings import ModelSettings
@@ -116,6 +117,26 @@ class Stage:
             **({"base": self.base.key, "pretrained": describe_base(self.base)} if self.base is not None else {}),
             **self.origins,
         }
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether the rows hold the reference's losses, so that no reference is needed."""
+        return scores.has_losses(self.corpus)
+
+    def with_stored_losses(self, reference: str | Path) -> Stage:
+        """The stage whose rows hold the losses that were stored for this reference, or itself where none are to be taken.
+
+        Raises:
+          UserError: stored losses are of another model, tokenizer or corpus.
+        """
+        c = self.config
+        if ALGORITHMS[c.weighting.algorithm] != "reference" or c.reference.alignment != "next_token":
+            return self
+        found = scores.find_losses(self.corpus, c.reference.losses, functools.partial(model_key, reference))
+        if found is None:
+            return self
+        origins = {**self.origins, "reference_losses": found.name}
+        return dataclasses.replace(self, corpus=scores.with_losses(self.corpus, found), origins=origins)
 
     def training(self, backend: str, **functions: Any) -> loop.Training:
         """The stage for the loop; `functions` are those fields of `loop.Training` that touch a backend's arrays."""
@@ -190,6 +211,10 @@ class Backend(Protocol):
         """tokens, segment_ids `[B, S]` -> `[B, S]`, entry t is -log P(x[t] | x[<t]), 0 at a segment's first token."""
 
     @staticmethod
+    def load_reward_model(published: Published, device: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """A sequence classifier as tokens, segment_ids `[B, S]` -> `[B, S]`, its number after every token, float32."""
+
+    @staticmethod
     def train_model(stage: Stage, device: Any, signals: StopSignals) -> None:
         """Trains a model and its heads; ends in `finish_model`."""
 
@@ -198,11 +223,14 @@ class Backend(Protocol):
         """Trains a value head on a frozen model; ends in `finish_values`."""
 
 
-def plan_rows(config: ConfigDict, corpus: Corpus, settings: ModelSettings, parameters: int) -> list[tuple[str, str]]:
+def plan_rows(stage: Stage, parameters: int) -> list[tuple[str, str]]:
     """What `--dry_run` says in either backend: algorithm, what is trained first, model, batch, steps."""
+    config, corpus, settings = stage.config, stage.corpus, stage.model
     weighting, c = weighting_settings(config), config.critic
     first = []
-    if uses_reference(config):
+    if stage.has_losses:
+        first.append(("reference", f"losses stored beside the tokens, {stage.origins['reference_losses']}"))
+    elif uses_reference(config):
         steps = f"trained first, {config.reference.steps} steps, in WORKDIR/reference"
         first.append(("reference", f"{config.reference.path}, tokenizer checked" if config.reference.path else steps))
     if weighting.needs_values:
@@ -267,11 +295,17 @@ def run_experiment(
 
     # ---- what was trained before: checked here, so that a mistake costs neither a directory nor an earlier run ---------
     critic = config.weighting.algorithm == "critic-wmtp"
-    reference = _load_reference(config, backend, corpus, where) if uses_reference(config) and config.reference.path else None
+    reference = None
+    if uses_reference(config) and config.reference.path:
+        last = last.with_stored_losses(config.reference.path)
+        if not last.has_losses:
+            reference = load_reference(config, backend, corpus, where)
     if critic and config.critic.trunk:
         trunk_key = _load_trunk(settings, corpus, config.critic.trunk)[1]
     elif base is not None:
         trunk_key = start_of(base, config)[1]
+    if critic and config.reward.source == "reward_model" and is_published(config.reward.model):
+        compatible.check_reward_model(config.reward.model, corpus)
     if critic and config.critic.head:
         _load_value_head(settings, corpus, config.critic.head, trunk_key)
     if dry_run:
@@ -289,18 +323,20 @@ def run_experiment(
         with StopSignals() as signals:
             tracker = _tracker(config, workdir, run_name, tags) if config.tracking.enabled else None
             with _status(tracker):
-                experiment = _Experiment(last, backend, where, tracker, signals)
-                if reference is None and uses_reference(config):
+                experiment = Experiment(last, backend, where, tracker, signals)
+                if reference is None and not last.has_losses and uses_reference(config):
                     reference = experiment.train_reference()
+                    last = last.with_stored_losses(workdir / "reference")
                 if critic:
                     experiment.run_critic(reference)
                 else:
                     start = None if base is None else start_of(base, config)[0]
+                    reference = None if last.has_losses else reference
                     experiment.run_last(dataclasses.replace(last, reference=reference, trunk=start))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Experiment:
+class Experiment:
     """What the stages of one experiment share."""
 
     last: Stage  # what the experiment is for
@@ -326,7 +362,7 @@ class _Experiment:
         own = Stage("reference", reference_config(self.config), self.workdir / "reference", self.corpus)
         validate(own.config)
         self._run_below(own, self.backend.train_model)
-        return _load_reference(self.config, self.backend, self.corpus, self.device, own.directory)
+        return load_reference(self.config, self.backend, self.corpus, self.device, own.directory)
 
     def run_critic(self, reference: Any) -> None:
         """Stages 0 to 2 of critic-wmtp; those that are given or finished are taken as they are."""
@@ -344,7 +380,7 @@ class _Experiment:
         trunk, trunk_key = _load_trunk(self.last.model, self.corpus, trunk_path) if trunk_path else published
 
         # ---- rewards -------------------------------------------------------------------------------------------------
-        source = self._reward_source(reference)
+        source = self.reward_source(reference)
         corpus = rewards.with_rewards(self.corpus, source)
         origins = {"rewards": rewards.rewards_key(self.corpus, source), "trunk": trunk_key}
 
@@ -382,7 +418,7 @@ class _Experiment:
             train(stage, self.device, self.signals)
             _hand_over(stage, child)
 
-    def _reward_source(self, reference: Any) -> rewards.RewardSource:
+    def reward_source(self, reference: Any) -> rewards.RewardSource:
         match self.config.reward.source:
             case "likelihood":
                 return rewards.likelihood(
@@ -393,11 +429,20 @@ class _Experiment:
             case "unit_tests":
                 return rewards.unit_tests()
             case "reward_model":
-                return rewards.reward_model(self.config.reward.model, self.corpus.tokenizer)
+                name = self.config.reward.model
+                if not is_published(name):
+                    return rewards.reward_model(name, self.corpus.tokenizer)
+                published = open_reward_model(name)
+                return rewards.classifier(
+                    self.backend.load_reward_model(published, self.device),
+                    key=published.key,
+                    pad_token_id=published.config.get("pad_token_id"),
+                    batch_rows=self.config.train.batch_size,
+                )
         raise ValueError(f"reward source {self.config.reward.source!r}: must be likelihood, unit_tests or reward_model")
 
 
-def _load_reference(
+def load_reference(
     config: ConfigDict, backend: Backend, corpus: Corpus, device: Any, path: str | Path | None = None
 ) -> Any:
     path = path or config.reference.path

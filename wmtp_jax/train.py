@@ -41,7 +41,8 @@ from wmtp_jax.generate import generate
 from wmtp_jax.model import Parameters, abstract_parameters, flatten, initial_parameters, merge, nest, split
 from wmtp_jax.optimizer import make_optimizer, make_schedule
 from wmtp_jax.origins import is_published
-from wmtp_jax.pretrained import load_pretrained
+from wmtp_jax.pretrained import Published, load_pretrained
+from wmtp_jax.pretrained.placing import place
 from wmtp_jax.records import StepMetrics, ValueMetrics
 from wmtp_jax.run_directory import CHECKPOINTS
 from wmtp_jax.stages import Stage, finish_model, finish_values, run_experiment
@@ -59,7 +60,10 @@ from wmtp_jax.train_step import (
 )
 
 # `stages.Backend`, which this module is, and the command's entry.
-__all__ = ["NAME", "choose_device", "load_reference", "next_token_loss", "print_plan", "train", "train_model", "train_values"]
+__all__ = [
+    "NAME", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "train", "train_model",
+    "train_values",
+]  # fmt: skip
 
 NAME = "jax"
 
@@ -83,6 +87,21 @@ def next_token_loss(
 ) -> np.ndarray:
     batch = make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1)
     return np.asarray(_reference_token_loss(reference.parameters, batch, definition=reference.definition))
+
+
+def load_reward_model(published: Published, device: jax.Device) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    definition, parameters = split(place(published))
+    score = jax.device_put(published.read("score"))
+
+    @jax.jit
+    def after_every_token(parameters: Parameters, score: jax.Array, batch: Batch) -> jax.Array:
+        return (shared_states(merge(definition, parameters), batch) @ score)[..., 0]
+
+    def numbers(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+        batch = make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1)
+        return np.asarray(after_every_token(parameters, score, batch))
+
+    return numbers
 
 
 @functools.partial(jax.jit, static_argnames="definition")

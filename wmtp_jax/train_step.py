@@ -378,7 +378,9 @@ def inspect_tokens(
     model = merge(definition, parameters)
     statistics, shared = _statistics_and_states(model, batch, chunk_size=chunk_size)
     entries = {"loss": statistics.loss, "entropy": statistics.entropy}
-    if reference_parameters is not None:
+    if "reference_loss" in batch:
+        entries["reference_loss"] = weighting.align_to_heads(batch["reference_loss"], num_heads=batch["mask"].shape[-1])
+    elif reference_parameters is not None:
         reference = Reference(reference_definition, reference_parameters)
         entries["reference_loss"] = reference_loss(
             reference, batch, alignment=settings.alignment, chunk_size=chunk_size

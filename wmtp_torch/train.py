@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from wmtp_jax.experiment import (
 )
 from wmtp_jax.flops import flops_per_token, measured_peak, peak_of, trunk_flops_per_token
 from wmtp_jax.origins import is_published
-from wmtp_jax.pretrained import open_pretrained
+from wmtp_jax.pretrained import Published, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.records import StepMetrics, ValueMetrics
 from wmtp_jax.run_directory import CHECKPOINTS
@@ -57,7 +57,10 @@ from wmtp_torch.train_step import (
 )
 
 # `stages.Backend`, which this module is, and the command's entry.
-__all__ = ["NAME", "choose_device", "load_reference", "next_token_loss", "print_plan", "train", "train_model", "train_values"]
+__all__ = [
+    "NAME", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "train", "train_model",
+    "train_values",
+]  # fmt: skip
 
 NAME = "torch"
 
@@ -85,19 +88,16 @@ def choose_device(name: str | None) -> torch.device:
 
 def print_plan(stage: Stage, device: torch.device) -> None:
     """What a run would do; what it needs of memory is the JAX backend's to say."""
-    config, corpus, settings = stage.config, stage.corpus, stage.model
+    config, settings = stage.config, stage.model
     model = Model(settings, value_head=critic_settings(config) is not None)
-    rows = plan_rows(config, corpus, settings, sum(p.numel() for p in model.parameters()))
+    rows = plan_rows(stage, sum(p.numel() for p in model.parameters()))
     print(summary.facts("plan (--dry_run: nothing is trained)", [*rows, ("device", str(device))]))
 
 
 def load_reference(path: str | Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
     if is_published(path):
-        published = open_pretrained(path)
-        shapes = _shapes(published.settings)
-        named = gather(published, shapes, num_heads=1, head_kind="linear")
-        model = merge(published.settings, _place(named, device))
-        return model.requires_grad_(False), {"model": dataclasses.asdict(published.settings)}
+        model = _published(open_pretrained(path), device)
+        return model, {"model": dataclasses.asdict(model.settings)}
     model, metadata = load_model(path)
     return model.to(device).requires_grad_(False), metadata
 
@@ -107,6 +107,18 @@ def next_token_loss(
 ) -> np.ndarray:
     batch = make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1)
     return reference_token_loss(reference, _move(batch, device)).cpu().numpy()
+
+
+def load_reward_model(published: Published, device: torch.device) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    model = _published(published, device)
+    score = torch.from_numpy(np.ascontiguousarray(published.read("score"))).to(device)
+
+    @torch.no_grad()
+    def numbers(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+        batch = _move(make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1), device)
+        return (shared_states(model, batch) @ score)[..., 0].cpu().numpy()
+
+    return numbers
 
 
 def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> None:
@@ -269,6 +281,13 @@ def _place(named: Iterable[tuple[str, np.ndarray]], device: torch.device) -> dic
         own = array if array.flags.writeable and array.flags.c_contiguous else np.array(array)
         placed[name] = torch.from_numpy(own).to(device)
     return placed
+
+
+def _published(published: Published, device: torch.device) -> Model:
+    """Published weights with one head, frozen."""
+    settings = dataclasses.replace(published.settings, num_heads=1, head_kind="linear")
+    named = gather(published, _shapes(settings), num_heads=1, head_kind="linear")
+    return merge(settings, _place(named, device)).requires_grad_(False)
 
 
 def _shapes(settings: ModelSettings, *, value_head: bool = False) -> dict[str, tuple[int, ...]]:

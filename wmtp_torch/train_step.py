@@ -342,7 +342,9 @@ def inspect_tokens(
     `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
     statistics, shared = _statistics_and_states(model, batch, chunk_size=chunk_size)
     entries = {"loss": statistics.loss, "entropy": statistics.entropy}
-    if reference is not None:
+    if "reference_loss" in batch:
+        entries["reference_loss"] = weighting.align_to_heads(batch["reference_loss"], num_heads=batch["mask"].shape[-1])
+    elif reference is not None:
         entries["reference_loss"] = reference_loss(
             reference, batch, alignment=settings.alignment, chunk_size=chunk_size
         )

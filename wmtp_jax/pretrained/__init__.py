@@ -16,7 +16,7 @@ from wmtp_jax.pretrained.transformers_format import open_directory
 if TYPE_CHECKING:
     from wmtp_jax.model import Model
 
-__all__ = ["Published", "load_pretrained", "open_pretrained", "parameters"]
+__all__ = ["Published", "load_pretrained", "open_pretrained", "open_reward_model", "parameters"]
 
 
 def open_pretrained(path: str | Path) -> Published:
@@ -39,6 +39,16 @@ def open_pretrained(path: str | Path) -> Published:
     else:
         raise UserError(f"{where}: holds no model: neither config.json (transformers) nor params.json (Meta) is here")
     return dataclasses.replace(opened, revision=revision)
+
+
+def open_reward_model(path: str | Path) -> Published:
+    """Opens a `*ForSequenceClassification` with one label; see `transformers_format.open_directory`.
+
+    Raises:
+      UserError: one line that names the file and what is wrong.
+    """
+    where, revision = locate(path)
+    return dataclasses.replace(open_directory(where, classifier=True), revision=revision)
 
 
 def load_pretrained(

@@ -78,6 +78,7 @@ _FOREIGN = {
 class _Family:
     settings: Callable[[Config, Path], ModelSettings]
     classes: tuple[str, ...]  # values of `architectures` whose weights are a plain language model
+    classifier: str  # the one of a sequence classifier
     prefix: str  # of the base model's tensors, where the file is not of the base model alone
     layers: str
     layer: dict[str, str]
@@ -86,19 +87,26 @@ class _Family:
     buffers: str  # tensors that carry nothing: constants that older versions saved
 
 
-def open_directory(directory: Path) -> Published:
+def open_directory(directory: Path, *, classifier: bool = False) -> Published:
     """Reads `config.json` and the headers of the weights and checks that both describe the same model.
+
+    Args:
+      directory: as `save_pretrained` leaves it.
+      classifier: it is a sequence classifier with one label, which is a reward model: a trunk without unembedding (its
+        settings say tied) and one more tensor that `read` knows, `score [D, 1]`.
 
     Raises:
       UserError: names the file and the key or tensor: a setting or an architecture that is not reproduced exactly, a tensor
         or shard that is missing, of another shape, or unknown.
     """
     where = directory / "config.json"
-    name, settings = read_settings(where)
+    name, settings = read_settings(where, classifier=classifier)
     family = _FAMILIES[name]
     stored = _stored_tensors(directory)
     prefix = family.prefix if any(key.startswith(family.prefix) for key in stored) else ""
     plan = {ours: _locate(ours, shape, family, prefix, settings) for ours, shape in published_shapes(settings).items()}
+    if classifier:
+        plan["score"] = _Place("score.weight", (1, settings.width), True, None)
     for ours, place in plan.items():
         _check_tensor(ours, place, stored, directory)
     left = stored.keys() - {place.name for place in plan.values()}
@@ -123,8 +131,8 @@ def open_directory(directory: Path) -> Published:
     return Published(directory, name, settings, read, format="transformers", config=read_json(where), files=files)
 
 
-def read_settings(where: Path) -> tuple[str, ModelSettings]:
-    """The family and the settings that a `config.json` describes.
+def read_settings(where: Path, *, classifier: bool = False) -> tuple[str, ModelSettings]:
+    """The family and the settings that a `config.json` describes; `classifier` as for `open_directory`.
 
     Raises:
       UserError: names the file and the key: an architecture or a setting that is not reproduced exactly, or not a value.
@@ -134,10 +142,10 @@ def read_settings(where: Path) -> tuple[str, ModelSettings]:
     family = _FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise refuse(where, "model_type", name, f"supported are {', '.join(_FAMILIES)}")
-    _check_architecture(config, where, family)
+    _check_architecture(config, where, family, classifier)
     settings = family.settings(config, where)
     _check_settings(settings, where)
-    return name, settings
+    return name, dataclasses.replace(settings, tie_embeddings=True) if classifier else settings
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------
@@ -221,9 +229,15 @@ def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 
-def _check_architecture(config: Config, where: Path, family: _Family) -> None:
+def _check_architecture(config: Config, where: Path, family: _Family, classifier: bool) -> None:
     architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or any(name not in family.classes for name in architectures):
+    if classifier:
+        if architectures != [family.classifier]:
+            raise refuse(where, "architectures", architectures, f"a reward model is a {family.classifier}")
+        labels = len(config["id2label"]) if isinstance(config.get("id2label"), dict) else config.get("num_labels", 2)
+        if labels != 1:
+            raise refuse(where, "num_labels", labels, "a reward is one number")
+    elif not isinstance(architectures, list) or any(name not in family.classes for name in architectures):
         raise refuse(where, "architectures", architectures, f"a language model is one of {', '.join(family.classes)}")
     custom = config.get("auto_map") or {}
     if not isinstance(custom, dict) or "AutoModelForCausalLM" in custom:
@@ -434,6 +448,7 @@ def _llama_like(settings: Callable[[Config, Path], ModelSettings], name: str) ->
     return _Family(
         settings=settings,
         classes=(f"{name}ForCausalLM", f"{name}Model"),
+        classifier=f"{name}ForSequenceClassification",
         prefix="model.",
         layers="layers",
         layer=_LLAMA_LAYER,
@@ -450,6 +465,7 @@ _FAMILIES = {
     "gpt2": _Family(
         settings=_gpt2,
         classes=("GPT2LMHeadModel", "GPT2Model"),
+        classifier="GPT2ForSequenceClassification",
         prefix="transformer.",
         layers="h",
         layer=_GPT2_LAYER,

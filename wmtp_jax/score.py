@@ -1,0 +1,57 @@
+"""Scores a data set once, for every later run: a reference's losses for the rho1 algorithms, rewards for critic-wmtp.
+
+python -m wmtp_jax.score --config=configs/rho1_tokenskip.py --config.reference.path=runs/reference
+
+The scores are kept beside the tokens, keyed by model, tokenizer and data; a run with the same recipe picks them up and makes
+no forward pass of the reference. The same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from wmtp_jax import cli
+
+
+def score(config: ConfigDict, *, workdir: Path, self_reference: bool = False, device: str | None = None) -> None:
+    """Scores what the configuration describes, and prints where the scores lie.
+
+    Args:
+      config: of the runs to come; read are the data, the reference, and rewards where it weighs by a critic.
+      workdir: where the reference is trained, for `self_reference`.
+      self_reference: train the reference first, on this very data, without clean data to train it on.
+      device: as in training.
+
+    Raises:
+      UserError: something that the user can put right.
+    """
+    # Imported after the flags have been read, so that --help and a wrong flag answer at once.
+    from wmtp_jax import train
+    from wmtp_jax.devices import keep_compiled_programs
+    from wmtp_jax.scoring import score_data
+
+    keep_compiled_programs()
+    score_data(config, train, workdir=workdir, self_reference=self_reference, device=device)
+
+
+def main() -> None:
+    values, config = flags.FLAGS, cli.config_from_flags()
+    name = cli.recipe_name(values["config"].config_filename)
+    workdir = Path(values.workdir or f"runs/{name}-scores")
+    score(config, workdir=workdir, self_reference=values.self_reference, device=values.device)
+
+
+if __name__ == "__main__":
+    cli.define_config_flag()
+    flags.DEFINE_string("workdir", None, "With --self_reference: where the reference is trained. By default runs/RECIPE-scores.")
+    flags.DEFINE_bool(
+        "self_reference",
+        False,
+        "Train the reference on this very data first (config.reference.model, config.reference.steps), for when there is no "
+        "clean data to train one on (arXiv 2404.07965, appendix).",
+    )
+    cli.define_device_flag()
+    cli.run(main, description=__doc__, required=("config",))

@@ -1,0 +1,220 @@
+"""What a model says of every token of a corpus, computed once and kept beside the tokens: a reference's losses.
+
+They lie in `CORPUS/reference_loss/KEY/`, one file a source and side, KEY being the hash of the model; the corpus's own
+directory is that of its documents and its tokenizer. What was computed before an interruption is kept in parts and not
+computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wmtp_jax.data import cache
+from wmtp_jax.data.corpus import Corpus, PackedSource
+from wmtp_jax.data.scan import SPLITS
+from wmtp_jax.errors import UserError, disk_errors
+
+COLUMN = "reference_loss"
+_FORMAT = 1
+_BATCHES_A_PART = 16
+
+# tokens, segment_ids [B, S] -> [B, S] float32
+RowScore = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def row_batches(
+    packed: PackedSource, side: str, size: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]]:
+    """How many rows are real, and tokens, segment_ids and labels `[size, S]` of a side's rows in order; the last batch is filled
+    up with padding, so that what is compiled sees one shape."""
+    rows = packed.train if side == "train" else packed.validation
+    labels = packed.labels[side] if packed.labels else None
+    for start in range(0, len(rows), size):
+        columns = rows[start : start + size]
+        tokens, segment_ids = columns["tokens"].astype(np.int32), columns["segment_ids"].astype(np.int32)
+        count = len(tokens)
+        padding = ((0, size - count), (0, 0))
+        here = None if labels is None else np.pad(np.asarray(labels[start : start + size]), padding)
+        yield count, np.pad(tokens, padding), np.pad(segment_ids, padding), here
+
+
+def in_parts(directory: Path, name: str, results: Iterator[Callable[[], np.ndarray]]) -> Iterator[np.ndarray]:
+    """The results of functions that cost something, concatenated by some at a time; each part is kept as a file as soon as it is
+    there, and read instead of computed where it was kept before.
+
+    Args:
+      directory: of the parts, see `kept_parts`.
+      name: of this sequence in it.
+      results: in order; those of a part that is kept are not called.
+    """
+    number, waiting = 0, []
+    for result in results:
+        waiting.append(result)
+        if len(waiting) == _BATCHES_A_PART:
+            yield _part(directory / f"{name}-{number}.npy", waiting)
+            number, waiting = number + 1, []
+    if waiting:
+        yield _part(directory / f"{name}-{number}.npy", waiting)
+
+
+@contextmanager
+def kept_parts(directory: Path) -> Iterator[None]:
+    """Removes parts when what they are for is in place, and when a result was refused; an interruption leaves them."""
+    try:
+        yield
+    except UserError:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _part(path: Path, results: list[Callable[[], np.ndarray]]) -> np.ndarray:
+    if path.exists():
+        return np.load(path)
+    array = np.concatenate([result() for result in results])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    partial.replace(path)
+    return array
+
+
+# ---- reference losses ------------------------------------------------------------------------------------------------
+
+
+def make_losses(
+    corpus: Corpus, score: RowScore, *, facts: dict[str, Any], batch_rows: int, progress: Callable[[int, int], None]
+) -> Path:
+    """Computes a reference's loss on every token of the corpus, or finds it computed, and says where it lies.
+
+    Args:
+      corpus: what is scored.
+      score: tokens, segment_ids `[B, S]` -> `[B, S]`, entry t is -log P(x[t] | x[<t]), 0 at a segment's first token.
+      facts: JSON values that say what scored: `model`, its key, and more for people.
+      batch_rows: B.
+      progress: called with the rows done and all rows, after every part.
+    """
+    directory = _directory(corpus, facts["model"])
+    parts = directory.with_name(f".{directory.name}.parts")
+    with disk_errors(corpus.directory, setting="config.data.cache_dir"):
+        with kept_parts(parts):
+            cache.make_once(directory, lambda partial: _build(corpus, score, partial, parts, facts, batch_rows, progress))
+    return directory
+
+
+def _build(
+    corpus: Corpus, score: RowScore, directory: Path, parts: Path, facts: dict[str, Any], batch_rows: int,
+    progress: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    sides = [(number, side) for number in range(len(corpus.sources)) for side in SPLITS]
+    rows = {(n, side): getattr(corpus.sources[n], side) for n, side in sides}
+    done, total = 0, sum(map(len, rows.values()))
+    for number, side in sides:
+        packed = corpus.sources[number]
+        shape = rows[number, side].columns["tokens"].shape
+
+        def results(packed: PackedSource = packed, side: str = side) -> Iterator[Callable[[], np.ndarray]]:
+            for count, tokens, segment_ids, _ in row_batches(packed, side, batch_rows):
+                yield lambda n=count, t=tokens, s=segment_ids: score(t, s)[:n].astype(np.float32)
+
+        with _path(directory, number, side).open("wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in in_parts(parts, f"{batch_rows}-{number}-{side}", results()):
+                if not np.isfinite(part).all():
+                    raise UserError(f"config.reference.path: a loss on {packed.name} ({side}) is not finite; the model is broken")
+                file.write(np.ascontiguousarray(part).tobytes())
+                done += len(part)
+                progress(done, total)
+    about = {**facts, "corpus": corpus.hash, "tokenizer": corpus.tokenizer.fingerprint, "format": _FORMAT}
+    (directory / "manifest.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def find_losses(corpus: Corpus, setting: str, model: Callable[[], str]) -> Path | None:
+    """The stored losses that a run is to take; None: it computes its own in every step.
+
+    Args:
+      corpus: what it trains on.
+      setting: config.reference.losses: auto, step, or a directory that `make_losses` gave.
+      model: tells the key of the run's reference.
+
+    Raises:
+      UserError: stored losses are there, or named, and of another model, tokenizer or corpus.
+    """
+    if setting == "step":
+        return None
+    if setting != "auto":
+        _check(Path(setting).expanduser(), corpus, model())
+        return Path(setting).expanduser()
+    kept = [path.parent for path in (corpus.directory / COLUMN).glob("[!.]*/manifest.json")]
+    kept = [path for path in kept if not path.suffix]  # not what another process is making
+    if not kept:
+        return None
+    wanted = _directory(corpus, model())
+    if wanted in kept:
+        return wanted
+    raise UserError(
+        f"{kept[0]}: holds this data's losses under another reference than config.reference.path; score it with "
+        "python -m wmtp_jax.score, or set config.reference.losses=step to compute them in every step"
+    )
+
+
+def _check(directory: Path, corpus: Corpus, model: str) -> None:
+    try:
+        manifest = json.loads((directory / "manifest.json").read_bytes())
+        have = {key: manifest[key] for key in ("model", "tokenizer", "corpus", "format")}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"config.reference.losses = {str(directory)!r}: no losses that python -m wmtp_jax.score made are there"
+        ) from error
+    want = {"tokenizer": corpus.tokenizer.fingerprint, "corpus": corpus.hash, "model": model, "format": _FORMAT}
+    for key, value in want.items():
+        if have[key] != value:
+            raise UserError(
+                f"config.reference.losses = {str(directory)!r}: were made with another {key} ({str(have[key])[:12]}, this run "
+                f"has {str(value)[:12]}); score again with python -m wmtp_jax.score"
+            )
+
+
+def with_losses(corpus: Corpus, directory: Path) -> Corpus:
+    """The corpus with the column `reference_loss [N, S]` float32 of stored losses.
+
+    Raises:
+      UserError: a file is missing, or is not of the rows' shape.
+    """
+    columns = []
+    for number, source in enumerate(corpus.sources):
+        columns.append({})
+        for side in SPLITS:
+            path = _path(directory, number, side)
+            try:
+                array = np.load(path, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{path}: damaged or missing ({error}); remove {directory} and score again") from error
+            if array.shape != getattr(source, side).columns["tokens"].shape or array.dtype != np.float32:
+                raise UserError(f"{path}: {array.dtype} {array.shape}, other than the rows; remove {directory} and score again")
+            columns[-1][side] = {COLUMN: array}
+    return corpus.with_columns(columns)
+
+
+def has_losses(corpus: Corpus) -> bool:
+    """Whether its rows hold a reference's losses."""
+    return COLUMN in corpus.sources[0].train.columns
+
+
+def _directory(corpus: Corpus, model: str) -> Path:
+    name = hashlib.sha256(json.dumps([_FORMAT, model]).encode()).hexdigest()[:32]
+    return corpus.directory / COLUMN / name
+
+
+def _path(directory: Path, number: int, side: str) -> Path:
+    return directory / f"{number}-{side}.npy"
