@@ -144,6 +144,12 @@ class Tokenizer:
         """What the special tokens are spelled like."""
         return tuple(token.content for token in self._backend.get_added_tokens_decoder().values() if token.special)
 
+    def special_token_id(self, name: str) -> int | None:
+        """The id of what `tokenizer_config.json` names as `bos_token`, `pad_token` and so on; None where it names none."""
+        token = json.loads(self._files["tokenizer_config.json"]).get(name)
+        token = token["content"] if isinstance(token, dict) else token
+        return None if token is None else self._backend.token_to_id(token)
+
     @functools.cached_property
     def chat_template_hash(self) -> str:
         """Of the files that may hold a chat template."""

@@ -18,8 +18,8 @@ from wmtp_jax.pretrained.published import Published, half_split, published_shape
 from wmtp_jax.pretrained.values import integer, number, read_json, refuse
 from wmtp_jax.settings import ModelSettings
 
-_OUTER = {"embedding": "tok_embeddings.weight", "final_norm.scale": "norm.weight", "unembedding": "output.weight"}
-_LAYER = {
+OUTER = {"embedding": "tok_embeddings.weight", "final_norm.scale": "norm.weight", "unembedding": "output.weight"}
+LAYER = {
     "attention_norm.scale": "attention_norm.weight",
     "attention.query.kernel": "attention.wq.weight",
     "attention.key.kernel": "attention.wk.weight",
@@ -77,11 +77,11 @@ def _transposed(ours: str) -> bool:
 
 
 def _stored_name(ours: str, settings: ModelSettings) -> str:
-    if ours in _OUTER:
-        return _OUTER[ours]
+    if ours in OUTER:
+        return OUTER[ours]
     stack, index, path = ours.split(".", 2)
     prefix = f"layers.{index}" if stack == "layers" else f"extra_heads.{int(index) - 1}"
-    return f"{prefix}.{_LAYER[path]}"
+    return f"{prefix}.{LAYER[path]}"
 
 
 def _settings(params: dict[str, Any], tensors: dict[str, Any], where: Path, weights: Path) -> ModelSettings:
@@ -101,10 +101,10 @@ def _settings(params: dict[str, Any], tensors: dict[str, Any], where: Path, weig
     if width % heads or width // heads % 2 or heads % kv_heads:
         raise UserError(f"{where}: dim = {width}, n_heads = {heads} and n_kv_heads = {kv_heads} do not go together")
     # Meta's releases leave -1 where the tokenizer decides.
-    vocabulary = _rows(tensors, _OUTER["embedding"], weights)
+    vocabulary = _rows(tensors, OUTER["embedding"], weights)
     if params.get("vocab_size", -1) not in (-1, vocabulary):
         raise UserError(
-            f"{weights}: {_OUTER['embedding']} has {vocabulary} rows, {where.name} says vocab_size = {params['vocab_size']}"
+            f"{weights}: {OUTER['embedding']} has {vocabulary} rows, {where.name} says vocab_size = {params['vocab_size']}"
         )
     return ModelSettings(
         vocabulary_size=vocabulary,

@@ -1,4 +1,4 @@
-"""Reading the safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes without gaps.
+"""Reading and writing the safetensors format: eight bytes of header length, a JSON header, then the tensors' bytes without gaps.
 
 Read with plain file reads rather than memory maps, so that peak memory is one tensor and a file that shrinks is an error
 rather than a SIGBUS; the `safetensors` package has no bfloat16 for NumPy.
@@ -10,6 +10,8 @@ import dataclasses
 import io
 import json
 import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -120,3 +122,34 @@ def _entry(entry: object, broken) -> tuple[str, tuple[int, ...], tuple[int, int]
     if not isinstance(dtype, str) or len(offsets) != 2:
         raise broken("dtype must be a name and data_offsets a pair")
     return dtype, tuple(shape), (offsets[0], offsets[1])
+
+
+def write_file(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]) -> None:
+    """Writes a file that `transformers` and the inference engines read, holding one tensor at a time, through to the disk.
+
+    Args:
+      path: of the file, whose folder exists.
+      tensors: name -> (shape, what gives the float32 array).
+
+    Raises:
+      ValueError: an array of another type or shape than announced.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, _) in tensors.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    with path.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, (shape, make) in tensors.items():
+            array = make()
+            if array.dtype != np.float32 or array.shape != shape:
+                raise ValueError(f"{name}: {array.dtype} {array.shape}, announced as float32 {shape}")
+            # A transposed view is copied a part at a time, so that no whole copy of it is made.
+            rows = max(_PIECE // max(math.prod(shape[1:]), 1), 1)
+            for first in range(0, shape[0], rows):
+                file.write(np.ascontiguousarray(array[first : first + rows]).data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -75,7 +75,7 @@ _FOREIGN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Family:
+class Family:
     settings: Callable[[Config, Path], ModelSettings]
     classes: tuple[str, ...]  # values of `architectures` whose weights are a plain language model
     classifier: str  # the one of a sequence classifier
@@ -101,7 +101,7 @@ def open_directory(directory: Path, *, classifier: bool = False) -> Published:
     """
     where = directory / "config.json"
     name, settings = read_settings(where, classifier=classifier)
-    family = _FAMILIES[name]
+    family = FAMILIES[name]
     stored = _stored_tensors(directory)
     prefix = family.prefix if any(key.startswith(family.prefix) for key in stored) else ""
     plan = {ours: _locate(ours, shape, family, prefix, settings) for ours, shape in published_shapes(settings).items()}
@@ -139,9 +139,9 @@ def read_settings(where: Path, *, classifier: bool = False) -> tuple[str, ModelS
     """
     config = read_json(where)
     name = config.get("model_type")
-    family = _FAMILIES.get(name) if isinstance(name, str) else None
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        raise refuse(where, "model_type", name, f"supported are {', '.join(_FAMILIES)}")
+        raise refuse(where, "model_type", name, f"supported are {', '.join(FAMILIES)}")
     _check_architecture(config, where, family, classifier)
     settings = family.settings(config, where)
     _check_settings(settings, where)
@@ -161,7 +161,7 @@ class _Place:
     columns: slice | None
 
 
-def _locate(ours: str, shape: Shape, family: _Family, prefix: str, settings: ModelSettings) -> _Place:
+def _locate(ours: str, shape: Shape, family: Family, prefix: str, settings: ModelSettings) -> _Place:
     if not ours.startswith("layers."):
         outer = family.outer[ours]
         transposed = ours == "unembedding"
@@ -229,7 +229,7 @@ def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 
-def _check_architecture(config: Config, where: Path, family: _Family, classifier: bool) -> None:
+def _check_architecture(config: Config, where: Path, family: Family, classifier: bool) -> None:
     architectures = config.get("architectures") or []
     if classifier:
         if architectures != [family.classifier]:
@@ -444,8 +444,8 @@ def _yarn_attention_factor(given: Config, factor: float, where: Path) -> float:
     return scale(1.0)
 
 
-def _llama_like(settings: Callable[[Config, Path], ModelSettings], name: str) -> _Family:
-    return _Family(
+def _llama_like(settings: Callable[[Config, Path], ModelSettings], name: str) -> Family:
+    return Family(
         settings=settings,
         classes=(f"{name}ForCausalLM", f"{name}Model"),
         classifier=f"{name}ForSequenceClassification",
@@ -458,11 +458,11 @@ def _llama_like(settings: Callable[[Config, Path], ModelSettings], name: str) ->
     )
 
 
-_FAMILIES = {
+FAMILIES = {
     "llama": _llama_like(_llama, "Llama"),
     "qwen2": _llama_like(_qwen2, "Qwen2"),
     "qwen3": _llama_like(_qwen3, "Qwen3"),
-    "gpt2": _Family(
+    "gpt2": Family(
         settings=_gpt2,
         classes=("GPT2LMHeadModel", "GPT2Model"),
         classifier="GPT2ForSequenceClassification",

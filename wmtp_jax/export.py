@@ -1,0 +1,308 @@
+"""Writes a trained model in a published format: python -m wmtp_jax.export --checkpoint=RUN --to=FORMAT --output=DIR
+
+FORMAT  what is written                                              heads that it holds   verified by
+hf      the plain transformers architecture with head 0; the heads   any                   transformers
+        after it in wmtp_heads.safetensors, described beside it
+hf-mtp  that model and its heads for generate(use_mtp=True)          sequential            transformers
+medusa  vLLM's Medusa draft model, and the plain model in target/    linear                an independent reader
+mimo    a Qwen2 with one MiMo layer for vLLM and SGLang              sequential, one       an independent reader
+meta    params.json and consolidated.pth as Meta's release has them  block                 an independent reader
+
+What a format can't express is refused by name. An export is verified before it gets its name: all heads' logits on sample
+tokens are the model's own, and the tokenizer cuts a sample text as the model's does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from wmtp_jax import cli
+from wmtp_jax.data.build import stop_cleanly
+from wmtp_jax.data.tokenizer import Tokenizer, load_tokenizer
+from wmtp_jax.errors import UserError, check_room, disk_errors
+from wmtp_jax.origins import describe_base, is_published, tokenizer_of
+from wmtp_jax.parameters_file import read_parameters
+from wmtp_jax.pretrained import open_pretrained
+from wmtp_jax.pretrained.gathering import gather
+from wmtp_jax.pretrained.head_tensors import (
+    DESCRIPTION_FILE,
+    HEADS_FILE,
+    check_mimo,
+    deepseek_layers,
+    described_heads,
+    medusa_heads,
+    mimo_tensors,
+)
+from wmtp_jax.pretrained.meta_writer import check_meta, write_checkpoint
+from wmtp_jax.pretrained.safetensors_file import write_file
+from wmtp_jax.pretrained.transformers_writer import config_of, family_of, generation_config_of, trunk_tensors
+from wmtp_jax.pretrained.whole import Whole
+from wmtp_jax.run_directory import find_checkpoint
+from wmtp_jax.settings import ModelSettings
+
+FORMATS = ("hf", "hf-mtp", "medusa", "mimo", "meta")
+_SHIPPED = Path(__file__).parent / "pretrained" / "shipped"
+_SAMPLE_ROWS, _SAMPLE_LENGTH = 2, 24
+
+
+def export(
+    checkpoint: str | Path, *, to: str, output: str | Path, say: Callable[[str], None] = lambda line: None
+) -> Path:
+    """Writes a model in a published format, verifies what was written, and only then gives it its name.
+
+    Args:
+      checkpoint: a run directory, a checkpoint of either backend, or published weights.
+      to: one of `FORMATS`.
+      output: the directory to make; it may be there if it is empty.
+      say: takes lines about what happens.
+
+    Returns:
+      `output`.
+
+    Raises:
+      UserError: whatever the user can put right, and an export that does not give the model's logits; nothing is left behind.
+    """
+    begun = time.monotonic()
+    output = Path(output).expanduser().absolute()
+    if to not in FORMATS:
+        raise UserError(f"--to={to}: must be {' | '.join(FORMATS)}")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output={output}: is there already; remove it, or name another directory")
+    _check_verifiers()
+    # Imported late: what can be refused without jax is refused at once.
+    from wmtp_jax import export_checks
+
+    whole, tokenizer = load_whole(checkpoint)
+    family = refuse_unexpressed(whole, to)
+    count = sum(array.size for array in whole.named.values())
+    s = whole.settings
+    heads = f"{s.num_heads} {s.head_kind} heads" if s.num_heads > 1 else "one head"
+    say(f"{whole.path}: {family}, {heads}, {count:,} parameters")
+    if tokenizer is None:
+        say(f"{whole.path}: no tokenizer comes with these weights, so none is written")
+    with disk_errors(output.parent, setting="--output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        check_room(output.parent, 4 * count, setting="--output")
+        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        try:
+            partial.chmod(0o777 & ~_umask())
+            write(whole, family, to, partial, tokenizer)
+            tokens = sample_tokens(s)
+            said = export_checks.check(partial, to, tokens, own_logits(whole, tokens), tokenizer)
+            _sync(partial)
+            os.rename(partial, output)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    for line in said:
+        say(line)
+    say(f"done in {time.monotonic() - begun:.1f} s: {output}")
+    return output
+
+
+# ---- what is exported ----------------------------------------------------------------------------------------------
+
+
+def load_whole(path: str | Path) -> tuple[Whole, Tokenizer | None]:
+    """The model of a checkpoint (adapters merged, value head left out) or of published weights, and its tokenizer."""
+    if is_published(path):
+        base = open_pretrained(path)
+        settings, origin = base.settings, describe_base(base)
+        heads = {"num_heads": settings.num_heads, "head_kind": settings.head_kind}
+        named = dict(gather(base, _shapes(settings), **heads))
+        where, tokenizer = base.path, _published_tokenizer(base.path)
+    else:
+        where = find_checkpoint(path)
+        named, metadata = read_parameters(where)
+        settings, origin = ModelSettings(**metadata["model"]), metadata.get("pretrained") or {}
+        if not Path(tokenizer_of(path)).is_dir():
+            raise UserError(f"{tokenizer_of(path)}: no such directory; the tokenizer of the run belongs there")
+        tokenizer = load_tokenizer(tokenizer_of(path))
+    named = {name: array for name, array in named.items() if not name.startswith("value_head.")}
+    settings = dataclasses.replace(settings, compute_dtype="float32", remat="none")
+    ends = {}
+    if tokenizer is not None:
+        ends = {"end_of_text": tokenizer.end_of_text_id, "begin_of_text": tokenizer.special_token_id("bos_token")}
+    return Whole(where, settings, named, origin, **ends), tokenizer
+
+
+def refuse_unexpressed(whole: Whole, to: str) -> str:
+    """The architecture that the model is, after refusing what the format can't express.
+
+    Raises:
+      UserError: names it.
+    """
+    family = "llama" if to == "meta" else family_of(whole)
+    match to:
+        case "hf-mtp":
+            deepseek_layers(whole, family)
+        case "medusa":
+            medusa_heads(whole)
+        case "mimo":
+            check_mimo(whole, family)
+        case "meta":
+            check_meta(whole)
+    return family
+
+
+def sample_tokens(settings: ModelSettings) -> np.ndarray:
+    """Token ids `[B, S]` that an export is verified on."""
+    length = min(_SAMPLE_LENGTH, settings.max_positions) if settings.positions == "learned" else _SAMPLE_LENGTH
+    shape = _SAMPLE_ROWS, max(length, 1)
+    return np.random.default_rng(0).integers(0, settings.vocabulary_size, shape).astype(np.int32)
+
+
+def own_logits(whole: Whole, tokens: np.ndarray) -> np.ndarray:
+    """Every head's logits `[B, S, H, V]` by our own model."""
+    from wmtp_jax.model import abstract_parameters, merge, nest
+
+    definition, _ = abstract_parameters(whole.settings)
+    return np.asarray(merge(definition, nest(whole.named)).logits(tokens))
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def write(whole: Whole, family: str, to: str, directory: Path, tokenizer: Tokenizer | None) -> None:
+    """Writes all files of a format into a directory that is there."""
+    match to:
+        case "hf":
+            _write_plain(whole, family, directory, tokenizer)
+            if whole.settings.num_heads > 1:
+                tensors, description = described_heads(whole, family)
+                write_file(directory / HEADS_FILE, tensors)
+                _write_json(directory / DESCRIPTION_FILE, description)
+        case "hf-mtp":
+            name = f"{family.capitalize()}MtpForCausalLM"
+            depths = whole.settings.num_heads - 1
+            changes = {
+                "architectures": [name],
+                "auto_map": {"AutoModelForCausalLM": f"modeling_wmtp_mtp.{name}"},
+                "num_mtp_layers": depths,
+                **({} if family == "llama" else {"mtp_layer_types": ["full_attention"] * depths}),
+            }
+            tensors = trunk_tensors(whole, family) | deepseek_layers(whole, family)
+            _write_model(whole, config_of(whole, family) | changes, tensors, directory, tokenizer)
+            shutil.copyfile(_SHIPPED / "modeling_wmtp_mtp.py", directory / "modeling_wmtp_mtp.py")
+        case "medusa":
+            tensors, config = medusa_heads(whole)
+            write_file(directory / "model.safetensors", tensors)
+            _write_json(directory / "config.json", config)
+            (directory / "target").mkdir()
+            _write_plain(whole, family, directory / "target", tokenizer)
+        case "mimo":
+            changes = {
+                "architectures": ["MiMoForCausalLM"],
+                "model_type": "mimo",
+                "auto_map": {
+                    "AutoConfig": "configuration_mimo.MiMoConfig",
+                    "AutoModelForCausalLM": "modeling_mimo.MiMoForCausalLM",
+                },
+                "num_nextn_predict_layers": 1,
+                "attention_bias": True,
+                "tie_word_embeddings": False,
+            }
+            tensors = mimo_tensors(trunk_tensors(whole, family), whole)
+            _write_model(whole, config_of(whole, "qwen2") | changes, tensors, directory, tokenizer)
+            for name in ("configuration_mimo.py", "modeling_mimo.py"):
+                shutil.copyfile(_SHIPPED / name, directory / name)
+        case "meta":
+            write_checkpoint(whole, directory)
+            if tokenizer is not None:
+                tokenizer.save(directory)
+
+
+def _write_plain(whole: Whole, family: str, directory: Path, tokenizer: Tokenizer | None) -> None:
+    _write_model(whole, config_of(whole, family), trunk_tensors(whole, family), directory, tokenizer)
+
+
+def _write_model(
+    whole: Whole, config: dict[str, Any], tensors: dict[str, Any], directory: Path, tokenizer: Tokenizer | None
+) -> None:
+    write_file(directory / "model.safetensors", tensors)
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", generation_config_of(whole, config))
+    if tokenizer is None:
+        return
+    tokenizer.save(directory)
+    about = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if config["model_type"] == "qwen2" and not about["tokenizer_class"].startswith("Qwen2Tokenizer"):
+        # AutoTokenizer takes Qwen's own class for such a model, whatever tokenizer_config.json names, unless it names code.
+        changes = {"tokenizer_class": "TokenizersBackend"}
+        changes["auto_map"] = {"AutoTokenizer": [None, "tokenization_wmtp.WmtpTokenizer"]}
+        _write_json(directory / "tokenizer_config.json", about | changes)
+        shutil.copyfile(_SHIPPED / "tokenization_wmtp.py", directory / "tokenization_wmtp.py")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---- pieces of the above -------------------------------------------------------------------------------------------
+
+
+def _shapes(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
+    from wmtp_jax.model import abstract_parameters, flatten
+
+    return {name: leaf.shape for name, leaf in flatten(abstract_parameters(settings)[1]).items()}
+
+
+def _published_tokenizer(path: Path) -> Tokenizer | None:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    found = path.is_file() or any((path / name).exists() for name in names)
+    return load_tokenizer(path) if found else None
+
+
+def _check_verifiers() -> None:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError("an export is verified with torch, which is not installed: pip install 'wmtp[torch]'") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(directory: Path) -> None:
+    """Through to the disk, so that a name never stands for files that are not there."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _main() -> None:
+    values = flags.FLAGS
+    stop_cleanly()
+    # Verifying loads the code that comes with an export; its copy goes with this process, and nothing is looked for on a hub.
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["HF_MODULES_CACHE"] = scratch
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        # Verification compares float32 with float32: other devices round products otherwise.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        export(values.checkpoint, to=values.to, output=values.output, say=lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "What to export: a run directory (its newest checkpoint), a checkpoint (RUN/checkpoints/STEP) of either backend, or "
+        "published weights (a transformers directory, a hub name, a GGUF file, Meta's release) to bring into another format.",
+    )
+    flags.DEFINE_string("to", None, f"The format: {' | '.join(FORMATS)}, see above.")
+    flags.DEFINE_string("output", None, "The directory to write; it must not be there yet, or be empty.")
+    cli.run(_main, description=__doc__, required=("checkpoint", "to", "output"))
