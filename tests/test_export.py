@@ -24,6 +24,7 @@ from wmtp_jax.generate import generate
 from wmtp_jax.model import abstract_parameters, flatten, merge, nest
 from wmtp_jax.parameters_file import FILE, write_arrays
 from wmtp_jax.pretrained import load_pretrained, open_pretrained
+from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.settings import ModelSettings
 
 WORDS = 300
@@ -191,6 +192,10 @@ def layer(named, prefix, index, family="llama"):
                     "post_attention_layernorm.weight": get("mlp_norm.scale")}  # fmt: skip
 
 
+def shapes_of(named):
+    return {name: array.shape for name, array in named.items()}
+
+
 def assert_holds(stored, prefix, wanted):
     for name, array in wanted.items():
         np.testing.assert_array_equal(stored[f"{prefix}{name}"], array, err_msg=f"{prefix}{name}")
@@ -218,12 +223,42 @@ def test_heads_lie_beside_the_plain_model(family, kind, run, tmp_path):
                 norms = {"enorm": "embedding", "hnorm": "hidden", "post_norm": "output"}
                 outside |= {f"{n}.weight": named[f"heads.{norm}_norm.scale"][k - 1] for n, norm in norms.items()}
                 assert_holds(heads, f"heads.{k}.", outside)
+    # Read again, and exported again, they are the same.
+    opened = {n: a.copy() for n, a in gather(open_pretrained(tmp_path / "out"), shapes_of(named), num_heads=3, head_kind=kind)}
+    assert opened.keys() == named.keys() and all(np.array_equal(opened[name], named[name]) for name in named)
+    export(tmp_path / "out", to="hf", output=tmp_path / "again")
+    assert (tmp_path / "again" / "wmtp_heads.safetensors").read_bytes() == (
+        tmp_path / "out" / "wmtp_heads.safetensors"
+    ).read_bytes()
+    with pytest.raises(UserError, match=f"3 trained {kind} heads"):
+        load_pretrained(tmp_path / "out", num_heads=4, head_kind=kind)
     # The plain model neither has nor declares them.
     plain = load_file(tmp_path / "out" / "model.safetensors")
     assert not any("heads" in name for name in plain)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not [key for key in config if "mtp" in key or "nextn" in key or "auto_map" in key]
     assert config["num_hidden_layers" if family == "llama" else "n_layer"] == 2
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d: setting(d / "wmtp_heads.json", head_kind="tree"), ["wmtp_heads.json"]),
+        (lambda d: setting(d / "wmtp_heads.json", layer="qwen3"), ["qwen3", "llama"]),
+        (lambda d: setting(d / "wmtp_heads.json", num_heads="3"), ["num_heads"]),
+        (lambda d: setting(d / "wmtp_heads.json", num_heads=4), ["heads.3.weight"]),
+        (lambda d: setting(d / "wmtp_heads.json", num_heads=2), ["heads.2.weight"]),
+        (lambda d: shorten(d / "wmtp_heads.safetensors"), ["wmtp_heads.safetensors", "truncated"]),
+        (lambda d: (d / "wmtp_heads.safetensors").unlink(), ["wmtp_heads.safetensors"]),
+    ],
+)
+def test_heads_beside_a_model_that_do_not_fit_are_refused(change, words, run, tmp_path):
+    directory, _ = run(dataclasses.replace(LLAMA, head_kind="linear"))
+    export(directory, to="hf", output=tmp_path / "out")
+    change(tmp_path / "out")
+    with pytest.raises(UserError) as error:
+        open_pretrained(tmp_path / "out")
+    assert all(word in str(error.value) for word in words)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

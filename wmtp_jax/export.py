@@ -32,12 +32,10 @@ from wmtp_jax.data.build import stop_cleanly
 from wmtp_jax.data.tokenizer import Tokenizer, load_tokenizer
 from wmtp_jax.errors import UserError, check_room, disk_errors
 from wmtp_jax.origins import describe_base, is_published, tokenizer_of
-from wmtp_jax.parameters_file import read_parameters
+from wmtp_jax.parameters_file import check_shapes, read_parameters
 from wmtp_jax.pretrained import open_pretrained
 from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.pretrained.head_tensors import (
-    DESCRIPTION_FILE,
-    HEADS_FILE,
     check_mimo,
     deepseek_layers,
     described_heads,
@@ -46,6 +44,7 @@ from wmtp_jax.pretrained.head_tensors import (
 )
 from wmtp_jax.pretrained.meta_writer import check_meta, write_checkpoint
 from wmtp_jax.pretrained.safetensors_file import write_file
+from wmtp_jax.pretrained.transformers_format import DESCRIPTION_FILE, HEADS_FILE
 from wmtp_jax.pretrained.transformers_writer import config_of, family_of, generation_config_of, trunk_tensors
 from wmtp_jax.pretrained.whole import Whole
 from wmtp_jax.run_directory import find_checkpoint
@@ -119,7 +118,8 @@ def load_whole(path: str | Path) -> tuple[Whole, Tokenizer | None]:
         base = open_pretrained(path)
         settings, origin = base.settings, describe_base(base)
         heads = {"num_heads": settings.num_heads, "head_kind": settings.head_kind}
-        named = dict(gather(base, _shapes(settings), **heads))
+        shapes = {name: leaf.shape for name, leaf in _abstract(settings).items()}
+        named = dict(gather(base, shapes, **heads))
         where, tokenizer = base.path, _published_tokenizer(base.path)
     else:
         where = find_checkpoint(path)
@@ -129,6 +129,7 @@ def load_whole(path: str | Path) -> tuple[Whole, Tokenizer | None]:
             raise UserError(f"{tokenizer_of(path)}: no such directory; the tokenizer of the run belongs there")
         tokenizer = load_tokenizer(tokenizer_of(path))
     named = {name: array for name, array in named.items() if not name.startswith("value_head.")}
+    check_shapes(named, _abstract(settings), where)
     settings = dataclasses.replace(settings, compute_dtype="float32", remat="none")
     ends = {}
     if tokenizer is not None:
@@ -251,10 +252,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 # ---- pieces of the above -------------------------------------------------------------------------------------------
 
 
-def _shapes(settings: ModelSettings) -> dict[str, tuple[int, ...]]:
+def _abstract(settings: ModelSettings) -> dict[str, Any]:
+    """The shapes of the model's parameters, by dotted name."""
     from wmtp_jax.model import abstract_parameters, flatten
 
-    return {name: leaf.shape for name, leaf in flatten(abstract_parameters(settings)[1]).items()}
+    return flatten(abstract_parameters(settings)[1])
 
 
 def _published_tokenizer(path: Path) -> Tokenizer | None:

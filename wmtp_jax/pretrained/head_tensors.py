@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.pretrained.transformers_format import HEADS_FILE
 from wmtp_jax.pretrained.transformers_writer import layer_tensors
 from wmtp_jax.pretrained.whole import Lazy, Whole
-
-HEADS_FILE, DESCRIPTION_FILE = "wmtp_heads.safetensors", "wmtp_heads.json"
 
 _EQUATIONS = {
     "linear": (

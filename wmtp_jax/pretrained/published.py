@@ -19,6 +19,7 @@ from wmtp_jax.errors import UserError
 from wmtp_jax.settings import ModelSettings
 
 Shape = tuple[int, ...]
+SEQUENTIAL_NORMS = ("embedding_norm", "hidden_norm", "output_norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +106,26 @@ def outer_shapes(settings: ModelSettings) -> dict[str, Shape]:
     return shapes
 
 
+def head_shapes(settings: ModelSettings) -> dict[str, Shape]:
+    """Shapes of the parameters of one head after head 0, by their path in the head; a `linear` head is one array, path ""."""
+    s, layer = settings, layer_shapes(settings)
+    match s.head_kind:
+        case "linear":
+            return {"": (s.width, s.vocabulary_size)}
+        case "block":
+            return layer
+    parts = ("scale", "bias") if s.norm == "layernorm" else ("scale",)
+    norms = {f"{norm}.{part}": (s.width,) for norm in SEQUENTIAL_NORMS for part in parts}
+    return {"project.kernel": (2 * s.width, s.width), **norms, **{f"layer.{name}": shape for name, shape in layer.items()}}
+
+
 def published_shapes(settings: ModelSettings) -> dict[str, Shape]:
     """Every name that `Published.read` must know for these settings, with the shape that it gives."""
     shapes = outer_shapes(settings)
-    extra = range(1, settings.num_heads) if settings.head_kind == "block" else ()
-    for prefix in [f"layers.{i}" for i in range(settings.layers)] + [f"heads.{k}" for k in extra]:
-        shapes |= {f"{prefix}.{name}": shape for name, shape in layer_shapes(settings).items()}
+    for i in range(settings.layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer_shapes(settings).items()}
+    for k in range(1, settings.num_heads):
+        shapes |= {f"heads.{k}.{name}".rstrip("."): shape for name, shape in head_shapes(settings).items()}
     return shapes
 
 
@@ -124,10 +139,11 @@ def with_heads(settings: ModelSettings, *, num_heads: int, head_kind: str, where
         raise UserError(f"num_heads = {num_heads}: must be at least 1")
     if head_kind not in ("linear", "block", "sequential"):
         raise UserError(f"head_kind = {head_kind!r}: must be linear, block or sequential")
-    if settings.num_heads > 1 and num_heads > 1 and (head_kind != "block" or num_heads > settings.num_heads):
+    trained, kind = settings.num_heads, settings.head_kind
+    if trained > 1 and num_heads > 1 and (head_kind != kind or num_heads > trained):
         raise UserError(
-            f"{where}: has {settings.num_heads} trained block heads, not {num_heads} {head_kind} ones; ask for "
-            f"block heads, at most {settings.num_heads} of them, or for one head"
+            f"{where}: has {trained} trained {kind} heads, not {num_heads} {head_kind} ones; ask for "
+            f"{kind} heads, at most {trained} of them, or for one head"
         )
     return dataclasses.replace(settings, num_heads=num_heads, head_kind=head_kind)
 
@@ -139,11 +155,12 @@ def parameters(
 
     New heads start from the trunk, and head 0 is the published model: `linear` heads from the unembedding, `block` heads
     from the last layer, `sequential` heads from the last layer with a projection [0; I] that passes the hidden state on,
-    and from the final norm; so each depth is "the last layer once more".
+    and from the final norm; so each depth is "the last layer once more". Heads that came with the weights are what they are.
     """
     s = with_heads(published.settings, num_heads=num_heads, head_kind=head_kind, where=published.path)
     read = published.read
     last = s.layers - 1
+    trained = published.settings.num_heads > 1
     for name in outer_shapes(s):
         if name != "unembedding":
             yield name, read(name)
@@ -153,18 +170,21 @@ def parameters(
         if not s.tie_embeddings:
             yield "unembedding", unembedding
         for k in range(copies):
-            yield f"heads.{k}", unembedding
+            yield f"heads.{k}", read(f"heads.{k + 1}") if trained else unembedding
         del unembedding
     for name in layer_shapes(s):
         for i in range(s.layers - (head_kind == "block")):
             yield f"layers.{i}.{name}", read(f"layers.{i}.{name}")
     match head_kind:
         case "block":
-            trained = published.settings.num_heads
             for name in layer_shapes(s):
                 for k in range(num_heads):
-                    source = f"heads.{k}" if 0 < k < trained else f"layers.{last}"
+                    source = f"heads.{k}" if k and trained else f"layers.{last}"
                     yield f"heads.{k}.{name}", read(f"{source}.{name}")
+        case "sequential" if num_heads > 1 and trained:
+            for name in head_shapes(s):
+                for k in range(num_heads - 1):
+                    yield f"heads.{k}.{name}", read(f"heads.{k + 1}.{name}")
         case "sequential" if num_heads > 1:
             depths = range(num_heads - 1)
             for name in layer_shapes(s):

@@ -56,6 +56,10 @@ _GPT2_OUTER = {
     "unembedding": "lm_head.weight",
 }
 
+# Heads beside the model, see `wmtp_jax.export`.
+HEADS_FILE, DESCRIPTION_FILE = "wmtp_heads.safetensors", "wmtp_heads.json"
+_JOINING = {"project": "eh_proj", "embedding_norm": "enorm", "hidden_norm": "hnorm", "output_norm": "post_norm"}
+
 # Settings of other architectures that scale or cap what ours does not, with the values under which they do nothing.
 _FOREIGN = {
     "attention_multiplier": (),
@@ -103,6 +107,10 @@ def open_directory(directory: Path, *, classifier: bool = False) -> Published:
     name, settings = read_settings(where, classifier=classifier)
     family = FAMILIES[name]
     stored = _stored_tensors(directory)
+    description = directory / DESCRIPTION_FILE
+    if description.exists() and not classifier:
+        settings, heads = _described_heads(description, name, settings)
+        stored |= heads
     prefix = family.prefix if any(key.startswith(family.prefix) for key in stored) else ""
     plan = {ours: _locate(ours, shape, family, prefix, settings) for ours, shape in published_shapes(settings).items()}
     if classifier:
@@ -127,7 +135,8 @@ def open_directory(directory: Path, *, classifier: bool = False) -> Published:
         array = array.T if place.transposed else array
         return array if place.columns is None else array[..., place.columns]
 
-    files = (where, *sorted({stored[place.name].path for place in plan.values()}))
+    weights = sorted({stored[place.name].path for place in plan.values()})
+    files = (where, *([description] if settings.num_heads > 1 else []), *weights)
     return Published(directory, name, settings, read, format="transformers", config=read_json(where), files=files)
 
 
@@ -162,13 +171,20 @@ class _Place:
 
 
 def _locate(ours: str, shape: Shape, family: Family, prefix: str, settings: ModelSettings) -> _Place:
-    if not ours.startswith("layers."):
+    stack, _, rest = ours.partition(".")
+    index, _, path = rest.partition(".")
+    if stack not in ("layers", "heads"):
         outer = family.outer[ours]
         transposed = ours == "unembedding"
         return _Place(outer if transposed else prefix + outer, shape[::-1] if transposed else shape, transposed, None)
-    _, index, path = ours.split(".", 2)
-    module, part = path.rsplit(".", 1)
-    name = f"{prefix}{family.layers}.{index}.{family.layer[module]}.{'bias' if part == 'bias' else 'weight'}"
+    if not path:  # a `linear` head
+        return _Place(f"{ours}.weight", shape[::-1], True, None)
+    module, part = path.removeprefix("layer.").rsplit(".", 1)
+    place = f"heads.{index}" if stack == "heads" else f"{prefix}{family.layers}.{index}"
+    suffix = "bias" if part == "bias" else "weight"
+    if module in _JOINING:
+        return _Place(f"{place}.{_JOINING[module]}.{suffix}", shape[::-1], part == "kernel", None)
+    name = f"{place}.{family.layer[module]}.{suffix}"
     if family.layer[module] == "attn.c_attn":
         third = ("attention.query", "attention.key", "attention.value").index(module)
         width = settings.width
@@ -187,6 +203,20 @@ def _check_tensor(ours: str, place: _Place, stored: dict[str, StoredTensor], dir
         raise UserError(
             f"{tensor.path}: tensor {place.name} has shape {tensor.shape}, and config.json asks for {place.shape}{what}"
         )
+
+
+def _described_heads(
+    where: Path, name: str, settings: ModelSettings
+) -> tuple[ModelSettings, dict[str, StoredTensor]]:
+    """The heads that `python -m wmtp_jax.export --to=hf` put beside a model, and the settings with them."""
+    about = read_json(where)
+    kind, layer, file = about.get("head_kind"), about.get("layer"), about.get("file")
+    if about.get("format") != 1 or kind not in ("linear", "block", "sequential") or file != HEADS_FILE:
+        raise UserError(f"{where}: does not describe heads that are read here (format 1, {HEADS_FILE}); export the model again")
+    if layer != name:
+        raise UserError(f"{where}: describes heads of a {layer} model, and config.json is of a {name}")
+    count = integer(about, "num_heads", where)
+    return dataclasses.replace(settings, num_heads=count, head_kind=kind), read_header(where.parent / file)
 
 
 def _check_tied(head: StoredTensor, embedding: StoredTensor, where: Path) -> None:
