@@ -9,6 +9,7 @@ import gguf
 import pytest
 import tokenizers
 from tokenizers import pre_tokenizers
+from transformers.utils import sentencepiece_model_pb2_new as description
 
 from wmtp_jax.data.tokenizer import load_tokenizer
 from wmtp_jax.errors import UserError
@@ -75,16 +76,38 @@ def test_a_byte_level_tokenizer_in_a_gguf_file(cut, tmp_path):
     assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
 
 
-def test_a_sentencepiece_tokenizer_in_a_gguf_file(tmp_path):
-    """Against literal SentencePiece BPE: merge the neighbours whose union has the highest score, until none is a piece."""
+def write_sentencepiece(path: Path, tokens: list[str], scores: list[float], kinds: list[int], **changes) -> Path:
+    """`tokenizer.model` as Llama 2's is set up."""
+    model = description.ModelProto()
+    for token, score, kind in zip(tokens, scores, kinds, strict=True):
+        model.pieces.add(piece=token, score=score, type=kind)
+    settings = {"model_type": 2, "byte_fallback": True, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1,
+                "remove_extra_whitespaces": False, "add_dummy_prefix": True, "escape_whitespaces": True}  # fmt: skip
+    for name, value in (settings | changes).items():
+        spec = model.trainer_spec if name in description.TrainerSpec.DESCRIPTOR.fields_by_name else model.normalizer_spec
+        setattr(spec, name, value)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("where", ["gguf", "meta", "above"])
+def test_a_sentencepiece_tokenizer(where, tmp_path):
+    """In a GGUF file, beside Meta's params.json, or a folder above. Against literal SentencePiece BPE: merge the neighbours whose
+    union has the highest score, until none is a piece."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = "_ t h e a n d th the _t _th _the an and _a _and he en".replace("_", "\u2581").split()
     tokens = pieces + words
     scores = [0.0] * len(pieces) + [-float(i) for i in (40, 41, 42, 43, 44, 45, 46, 2, 3, 1, 0, 4, 6, 8, 5, 7, 9, 10)]
     kinds = [2, 3, 3, *[6] * 256, *[1] * len(words)]
-    path = write_gguf_tokenizer(
-        tmp_path / "t.gguf", model="llama", tokens=tokens, token_type=kinds, scores=scores, eos_token_id=2
-    )  # fmt: skip
+    path = tmp_path / "checkpoint"
+    if where == "gguf":
+        path = write_gguf_tokenizer(
+            tmp_path / "t.gguf", model="llama", tokens=tokens, token_type=kinds, scores=scores, eos_token_id=2
+        )
+    else:
+        path.mkdir()
+        (path / "params.json").write_text("{}")
+        write_sentencepiece((path if where == "meta" else tmp_path) / "tokenizer.model", tokens, scores, kinds)
     tokenizer = load_tokenizer(path)
     rank = dict(zip(tokens, scores, strict=True))
 
@@ -104,6 +127,19 @@ def test_a_sentencepiece_tokenizer_in_a_gguf_file(tmp_path):
     for text in ("the and then", "and the hen", "a\u00e9b", "  the"):
         assert tokenizer.encode(text).tolist() == literal(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_a_sentencepiece_model_that_is_not_reproduced_is_refused(tmp_path):
+    (tmp_path / "params.json").write_text("{}")
+    given = ["<unk>", "a", "b"], [0.0, -1.0, -2.0], [2, 1, 1]
+    wrong = {"model_type": 1, "byte_fallback": False, "precompiled_charsmap": b"x", "remove_extra_whitespaces": True}
+    for change in ({key: value} for key, value in wrong.items()):
+        path = write_sentencepiece(tmp_path / "tokenizer.model", *given, **change)
+        with pytest.raises(UserError, match=next(iter(change))):
+            load_tokenizer(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="SentencePiece"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_gguf_tokenizer_that_is_not_reproduced_is_refused(tmp_path):

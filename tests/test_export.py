@@ -15,17 +15,19 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+from tests.test_data_gguf_tokenizer import write_sentencepiece
 from tests.test_pretrained import MODELS, S, parameters_of, randomised, reference_logits
 from wmtp_jax import export as exporting
 from wmtp_jax.data.tokenizer import load_tokenizer, train_bpe
 from wmtp_jax.errors import UserError
 from wmtp_jax.export import export
 from wmtp_jax.generate import generate
-from wmtp_jax.model import abstract_parameters, flatten, merge, nest
-from wmtp_jax.parameters_file import FILE, write_arrays
+from wmtp_jax.model import abstract_parameters, flatten, merge, nest, split
+from wmtp_jax.parameters_file import FILE, read_parameters, write_arrays
 from wmtp_jax.pretrained import load_pretrained, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.settings import ModelSettings
+from wmtp_jax.train import train
 
 WORDS = 300
 LLAMA = ModelSettings(
@@ -329,7 +331,7 @@ def test_meta_there_and_back(heads, tied, run, tmp_path):
     params = json.loads((tmp_path / "out" / "params.json").read_text())
     assert params["n_layers"] == 2 + heads - 1 and params["n_future_tokens"] == heads
     again = load_pretrained(tmp_path / "out", num_heads=heads, head_kind="block")
-    back = flatten(jax.tree.map(np.asarray, _tree(again)))
+    back = flatten(jax.tree.map(np.asarray, split(again)[1]))
     if tied:
         np.testing.assert_array_equal(back.pop("unembedding"), named["embedding"].T)
     assert back.keys() == named.keys() and all(np.array_equal(back[name], named[name]) for name in named)
@@ -339,10 +341,26 @@ def test_meta_there_and_back(heads, tied, run, tmp_path):
     assert load_tokenizer(tmp_path / "hf").fingerprint == load_tokenizer(directory / "tokenizer").fingerprint
 
 
-def _tree(model):
-    from wmtp_jax.model import split
-
-    return split(model)[1]
+def test_meta_with_its_own_tokenizer(run, tmp_path):
+    """SentencePiece goes through training and back as it came; `transformers` cuts text alike where it is exported there."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581defans", "de", "def", "\u2581def"]
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 259)]
+    (tmp_path / "params.json").write_text("{}")
+    model = write_sentencepiece(tmp_path / "tokenizer.model", pieces, [-float(i) for i in range(len(pieces))], kinds)
+    directory, _ = run(dataclasses.replace(LLAMA, head_kind="block"))
+    load_tokenizer(tmp_path).save(directory / "tokenizer")
+    said = []
+    export(directory, to="meta", output=tmp_path / "meta", say=said.append)
+    assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == model.read_bytes()
+    assert not any("SentencePiece" in line for line in said)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "meta" / name).unlink()
+    export(tmp_path / "meta", to="hf", output=tmp_path / "hf")
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "def  f(x):\n    and \u00e9"
+    assert loaded.encode(text, add_special_tokens=False) == load_tokenizer(tmp_path).encode(text).tolist()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
 
 
 @pytest.mark.parametrize("width, mlp_width", [(32, 48), (32, 200), (768, 2048), (96, 256), (64, 1000)])
@@ -456,6 +474,55 @@ def test_a_corrupted_export_is_refused(to, run, tmp_path, monkeypatch):
 
 
 # ---- trained models ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, count, formats",
+    [("linear", 3, ["hf", "medusa"]), ("block", 3, ["hf", "meta"]), ("sequential", 2, ["hf", "hf-mtp", "mimo"])],
+)
+def test_fine_tuned_heads_have_changed_and_are_in_every_export(kind, count, formats, tiny, tokenizer, tmp_path):
+    sizes = dict(vocab_size=WORDS, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    base = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=1)))
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    config = tiny(
+        weighting__algorithm="baseline-mtp", pretrained__path=str(tmp_path / "base"), model__heads__kind=kind,
+        model__heads__count=count, train__steps=2, eval__every=8, optimizer__learning_rate=0.01,
+    )  # fmt: skip
+    train(config, workdir=tmp_path / "run", run_name="test", tags={}, resume="auto", device="cpu")
+    named, _ = read_parameters(tmp_path / "run")
+    before = dict(gather(open_pretrained(tmp_path / "base"), shapes_of(named), num_heads=count, head_kind=kind))
+    for to in formats:
+        export(tmp_path / "run", to=to, output=tmp_path / to)
+    plain = load_file(tmp_path / "hf" / "model.safetensors")
+    np.testing.assert_array_equal(plain["lm_head.weight"], named["unembedding"].T)
+    first, index = ("heads", 0) if kind == "block" else ("layers", 1)  # head 0's own layer is the trunk's last
+    assert_holds(plain, "model.layers.1.", layer(named, first, index))
+    assert all(not np.array_equal(named[name], before[name]) for name in named)
+    stored = {to: load_file(tmp_path / to / "model.safetensors") for to in formats if to not in ("hf", "meta")}
+    stored["hf"] = load_file(tmp_path / "hf" / "wmtp_heads.safetensors")
+    for k in range(1, count):
+        match kind:
+            case "linear":
+                assert not np.array_equal(named["heads"][k - 1], before["heads"][k - 1])
+                np.testing.assert_array_equal(stored["hf"][f"heads.{k}.weight"], named["heads"][k - 1].T)
+                np.testing.assert_array_equal(stored["medusa"][f"lm_heads.{k - 1}.weight"], named["heads"][k - 1].T)
+            case "block":
+                mine, was = layer(named, "heads", k), layer(before, "heads", k)
+                assert all(not np.array_equal(mine[name], was[name]) for name in mine)
+                assert_holds(stored["hf"], f"heads.{k}.", mine)
+                meta = torch.load(tmp_path / "meta" / "consolidated.pth", weights_only=True)
+                for theirs, name in {"w1": "gate", "w2": "down", "w3": "up"}.items():
+                    tensor = meta[f"extra_heads.{k - 1}.feed_forward.{theirs}.weight"].numpy()
+                    np.testing.assert_array_equal(tensor, mine[f"mlp.{name}_proj.weight"])
+            case "sequential":
+                mine, was = layer(named, "heads.layer", k - 1), layer(before, "heads.layer", k - 1)
+                assert all(not np.array_equal(mine[name], was[name]) for name in mine)
+                assert_holds(stored["hf"], f"heads.{k}.", mine)
+                assert_holds(stored["hf-mtp"], f"model.layers.{2 + k - 1}.", mine)
+                assert_holds(stored["mimo"], "model.mtp_layers.0.", mine)
+                for prefix, file in ((f"heads.{k}", "hf"), (f"model.layers.{2 + k - 1}", "hf-mtp")):
+                    assert_holds(stored[file], f"{prefix}.", {"eh_proj.weight": named["heads.project.kernel"][k - 1].T})
 
 
 def test_adapters_are_merged_and_a_value_head_is_left_out(run, tmp_path):

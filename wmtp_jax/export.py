@@ -44,6 +44,7 @@ from wmtp_jax.pretrained.head_tensors import (
 )
 from wmtp_jax.pretrained.meta_writer import check_meta, write_checkpoint
 from wmtp_jax.pretrained.safetensors_file import write_file
+from wmtp_jax.pretrained.sentencepiece_tokenizer import find_model
 from wmtp_jax.pretrained.transformers_format import DESCRIPTION_FILE, HEADS_FILE
 from wmtp_jax.pretrained.transformers_writer import config_of, family_of, generation_config_of, trunk_tensors
 from wmtp_jax.pretrained.whole import Whole
@@ -261,7 +262,7 @@ def _abstract(settings: ModelSettings) -> dict[str, Any]:
 
 def _published_tokenizer(path: Path) -> Tokenizer | None:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    found = path.is_file() or any((path / name).exists() for name in names)
+    found = path.is_file() or find_model(path) or any((path / name).exists() for name in names)
     return load_tokenizer(path) if found else None
 
 

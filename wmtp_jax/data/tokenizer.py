@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.pretrained import sentencepiece_tokenizer
 from wmtp_jax.pretrained.gguf_tokenizer import tokenizer_files
 
 END_OF_TEXT = "<|endoftext|>"
@@ -211,7 +212,8 @@ class Tokenizer:
 
 
 def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
-    """A tokenizer from a directory (`tokenizer.json`, or whatever `transformers.AutoTokenizer` reads), a GGUF file or a hub name.
+    """A tokenizer from a directory (`tokenizer.json`, or whatever `transformers.AutoTokenizer` reads), a GGUF file, Meta's
+    release (SentencePiece, beside `params.json` or a folder above) or a hub name.
 
     Raises:
       UserError: neither a directory, a file nor a hub repository within reach, or files that make no tokenizer.
@@ -221,7 +223,9 @@ def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
         return Tokenizer(tokenizer_files(Path(name)), name)
     directory = Path(name if os.path.isdir(name) else _download(name))
     files = _read_files(directory)
-    if "tokenizer.json" not in files:
+    if "tokenizer.json" not in files and (model := sentencepiece_tokenizer.find_model(directory)):
+        files = files | sentencepiece_tokenizer.tokenizer_files(model)
+    elif "tokenizer.json" not in files:
         files = files | _convert(directory, name)
     return Tokenizer(files, name)
 

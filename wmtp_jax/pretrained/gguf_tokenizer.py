@@ -32,7 +32,11 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     Raises:
       UserError: none is there, or one of a kind that is not reproduced.
     """
-    metadata, _ = read_header(path, arrays=True)
+    return files_of(read_header(path, arrays=True)[0], path)
+
+
+def files_of(metadata: dict[str, Any], path: Path) -> dict[str, bytes]:
+    """The same for metadata that are read already, by GGUF's keys; `path` is for messages."""
     tokens, kinds = (metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise UserError(f"{path}: holds no tokenizer (tokenizer.ggml.tokens); name one in config.data.tokenizer")
