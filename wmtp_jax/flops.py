@@ -11,13 +11,20 @@ from wmtp_jax.settings import ModelSettings
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12, "L4": 121e12}
 
 
-def flops_per_token(settings: ModelSettings, sequence_length: int) -> float:
+def flops_per_token(settings: ModelSettings, sequence_length: int, *, trained: str = "all") -> float:
     """Operations of forward and backward for one token: 6 for every weight that multiplies, and attention's products
-    over the whole square, 12 S N C a layer. Recomputation, norms and softmax are not counted."""
+    over the whole square, 12 S N C a layer. Recomputation, norms and softmax are not counted.
+
+    A third each is the forward pass, the gradient of the states and that of the weights: frozen layers below adapters
+    (`trained` lora) leave away the last, and a frozen trunk (heads) both; adapters themselves are not counted.
+    """
     s, layer = settings, _layer(settings, sequence_length)
-    extra_heads = s.num_heads - 1
+    extra_heads, logits = s.num_heads - 1, 6 * s.width * s.vocabulary_size
     head = {"linear": 0, "block": layer, "sequential": layer + 6 * 2 * s.width * s.width}[s.head_kind]
-    return float(s.layers * layer + extra_heads * head + s.num_heads * 6 * s.width * s.vocabulary_size)
+    trunk = {"all": 1, "lora": 2 / 3, "heads": 1 / 3}[trained]
+    # Heads that share the trunk's unembedding make no gradient of it, `linear` ones on a frozen trunk none of their states.
+    unembedding = 1 if trained == "all" or (s.head_kind == "linear" and trained == "lora") else 2 / 3
+    return float(trunk * (s.layers * layer + logits) + extra_heads * (head + unembedding * logits))
 
 
 def trunk_flops_per_token(settings: ModelSettings, sequence_length: int) -> float:

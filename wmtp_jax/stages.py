@@ -98,6 +98,12 @@ class Stage:
             settings = model_settings(c.model, self.corpus.tokenizer.vocabulary_size, c.data.sequence_length)
         return dataclasses.replace(settings, **adapter_settings(c))
 
+    @property
+    def flops_per_token(self) -> float:
+        """Operations of a model's update, by formula."""
+        trained = self.config.pretrained.trainable
+        return flops_per_token(self.model, self.config.data.sequence_length, trained=trained)
+
     def initial(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, np.ndarray]]:
         """The parameters that training starts from, one by one: the trunk's, adapters that change nothing yet, and the value
         head's. For stages with a `trunk`; `shapes` of the model's parameters by dotted name."""
@@ -253,7 +259,7 @@ def plan_rows(stage: Stage, parameters: int) -> list[tuple[str, str]]:
         ("batch", f"{rows} rows of {length} tokens, {config.train.accumulation} micro-batches"),
         ("statistics pass", "one more forward pass an update: weights rank the whole batch" if two_passes else "none"),
         ("steps", f"{steps:,} updates, {steps * rows * length:,} tokens, {epochs:.2f} epochs"),
-        ("operations", f"{flops_per_token(settings, length) / 1e6:.1f} Mflop a token, forward and backward"),
+        ("operations", f"{stage.flops_per_token / 1e6:.1f} Mflop a token, forward and backward"),
     ]
 
 

@@ -36,7 +36,7 @@ from wmtp_jax.experiment import (
     trainable,
     weighting_settings,
 )
-from wmtp_jax.flops import flops_per_token, trunk_flops_per_token
+from wmtp_jax.flops import trunk_flops_per_token
 from wmtp_jax.generate import generate
 from wmtp_jax.model import Parameters, abstract_parameters, flatten, initial_parameters, merge, nest, split
 from wmtp_jax.optimizer import make_optimizer, make_schedule
@@ -168,7 +168,7 @@ def train_model(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
         evaluate=evaluate_state,
         inspect=inspect_state if token_batch is not None else None,
         checkpoints=_checkpoints(stage),
-        flops_per_token=flops_per_token(settings, config.data.sequence_length),
+        flops_per_token=stage.flops_per_token,
         peak_flops=peak_flops(device),
     )
     del state

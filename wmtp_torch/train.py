@@ -31,7 +31,7 @@ from wmtp_jax.experiment import (
     trainable,
     weighting_settings,
 )
-from wmtp_jax.flops import flops_per_token, measured_peak, peak_of, trunk_flops_per_token
+from wmtp_jax.flops import measured_peak, peak_of, trunk_flops_per_token
 from wmtp_jax.origins import is_published
 from wmtp_jax.pretrained import Published, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
@@ -174,7 +174,7 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
         evaluate=evaluate_state,
         inspect=inspect_state if token_batch is not None else None,
         checkpoints=_checkpoints(stage),
-        flops_per_token=flops_per_token(settings, config.data.sequence_length),
+        flops_per_token=stage.flops_per_token,
         peak_flops=_peak_flops(device),
     )
     state, best = loop.run(training, config, stage.directory, stage.corpus, signals, use_grain=False)
