@@ -666,13 +666,13 @@ def test_damaged_gguf_is_refused(saved, tmp_path):
 # ---- Meta's multi-token prediction checkpoints ---------------------------------------------------------------------
 
 
-def meta_checkpoint(directory, *, future=3, seed=0):
+def meta_checkpoint(directory, *, future=3, seed=0, vocabulary=V):
     """`params.json` and `consolidated.pth` with random tensors; returns both."""
     generator = torch.Generator().manual_seed(seed)
-    params = dict(dim=32, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=V, multiple_of=16, norm_eps=1e-5,
+    params = dict(dim=32, n_layers=4, n_heads=4, n_kv_heads=2, vocab_size=vocabulary, multiple_of=16, norm_eps=1e-5,
                   rope_theta=100.0, n_future_tokens=future)  # fmt: skip
     draw = lambda *shape: 0.2 * torch.randn(*shape, generator=generator)  # noqa: E731
-    tensors = {"tok_embeddings.weight": draw(V, 32), "norm.weight": 1 + draw(32), "output.weight": draw(V, 32)}
+    tensors = {"tok_embeddings.weight": draw(vocabulary, 32), "norm.weight": 1 + draw(32), "output.weight": draw(vocabulary, 32)}
     trunk = 4 - future + 1
     for prefix in [f"layers.{i}" for i in range(trunk)] + [f"extra_heads.{i}" for i in range(future - 1)]:
         shapes = {"attention.wq": (32, 32), "attention.wk": (16, 32), "attention.wv": (16, 32), "attention.wo": (32, 32),

@@ -16,6 +16,7 @@ import transformers
 
 import wmtp_jax.train as in_jax
 import wmtp_torch.train as in_torch
+from tests.test_pretrained import meta_checkpoint, meta_logits
 from tests.training import comparable, stop_after
 from wmtp_jax import experiment
 from wmtp_jax.checkpoint import load_model
@@ -270,6 +271,30 @@ def test_stage_0_starts_from_published_weights(published, from_published, tmp_pa
     )
     run = train(config, tmp_path / "run", in_torch)
     assert read_parameters(run / "trunk")[1]["pretrained"]["path"] == str(published[0])
+
+
+def test_metas_release_brings_its_own_heads(published, from_published, tmp_path):
+    """Their loss before the first update, by the release's own forward pass."""
+    (tmp_path / "meta").mkdir()
+    params, tensors = meta_checkpoint(tmp_path / "meta", vocabulary=300)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(published[0] / file, tmp_path / "meta")
+    config = from_published(
+        pretrained__path=str(tmp_path / "meta"), model__heads__kind="block", model__heads__count=3, train__steps=1
+    )
+    run = train(config, tmp_path / "run", in_torch)
+    assert read_parameters(run)[1]["pretrained"]["format"] == "meta"
+    entries = np.load(run / "tokens" / "0.npz")
+    rows = [r for r in range(2) if (entries["segment_ids"][r] == 1).all()]
+    assert rows
+    for row in rows:
+        logits = torch.tensor(meta_logits(params, tensors, entries["tokens"][row : row + 1]))
+        log_p = torch.log_softmax(logits.double(), -1)
+        ce = -log_p[0].gather(-1, torch.tensor(entries["targets"][row]).long()[..., None])[..., 0].numpy()
+        mask = entries["mask"][row]
+        np.testing.assert_allclose(entries["loss"][row][mask], ce[mask], atol=1e-4)
+    with pytest.raises(UserError, match="has 3 trained block heads"):
+        train(from_published(pretrained__path=str(tmp_path / "meta"), model__heads__count=4), tmp_path / "new")
 
 
 def test_dry_run_says_what_it_starts_from(published, from_published, tmp_path, capsys):
