@@ -8,8 +8,8 @@ medusa  vLLM's Medusa draft model, and the plain model in target/    linear     
 mimo    a Qwen2 with one MiMo layer for vLLM and SGLang              sequential, one       an independent reader
 meta    params.json and consolidated.pth as Meta's release has them  block                 an independent reader
 
-What a format can't express is refused by name. An export is verified before it gets its name: all heads' logits on sample
-tokens are the model's own, and the tokenizer cuts a sample text as the model's does.
+What a format can't express is refused by name. An export is verified before it gets its name: every tensor read again is what
+was to be written, bit for bit; all heads' logits on a sample text are the model's own; the tokenizer cuts it alike.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from wmtp_jax.pretrained.head_tensors import (
     medusa_heads,
     mimo_tensors,
 )
-from wmtp_jax.pretrained.meta_writer import check_meta, write_checkpoint
+from wmtp_jax.pretrained.meta_writer import META_FILE, check_meta, meta_tensors, write_checkpoint
 from wmtp_jax.pretrained.safetensors_file import write_file
 from wmtp_jax.pretrained.sentencepiece_tokenizer import find_model
 from wmtp_jax.pretrained.transformers_format import DESCRIPTION_FILE, HEADS_FILE
 from wmtp_jax.pretrained.transformers_writer import config_of, family_of, generation_config_of, trunk_tensors
-from wmtp_jax.pretrained.whole import Whole
+from wmtp_jax.pretrained.whole import Lazy, Whole
 from wmtp_jax.run_directory import find_checkpoint
 from wmtp_jax.settings import ModelSettings
 
+WEIGHTS_FILE = "model.safetensors"
 FORMATS = ("hf", "hf-mtp", "medusa", "mimo", "meta")
 _SHIPPED = Path(__file__).parent / "pretrained" / "shipped"
 _SAMPLE_ROWS, _SAMPLE_LENGTH = 2, 24
@@ -97,9 +98,10 @@ def export(
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
         try:
             partial.chmod(0o777 & ~_umask())
-            write(whole, family, to, partial, tokenizer)
-            tokens = sample_tokens(s)
-            said = export_checks.check(partial, to, tokens, own_logits(whole, tokens), tokenizer)
+            files = write(whole, family, to, partial, tokenizer)
+            tokens = sample_tokens(s, tokenizer)
+            said = export_checks.check_tensors(partial, files)
+            said += export_checks.check(partial, to, tokens, own_logits(whole, tokens), tokenizer)
             _sync(partial)
             os.rename(partial, output)
         finally:
@@ -157,10 +159,12 @@ def refuse_unexpressed(whole: Whole, to: str) -> str:
     return family
 
 
-def sample_tokens(settings: ModelSettings) -> np.ndarray:
-    """Token ids `[B, S]` that an export is verified on."""
+def sample_tokens(settings: ModelSettings, tokenizer: Tokenizer | None) -> np.ndarray:
+    """Token ids `[B, S]` that an export is verified on: text, or random ids where there is no tokenizer."""
     length = min(_SAMPLE_LENGTH, settings.max_positions) if settings.positions == "learned" else _SAMPLE_LENGTH
     shape = _SAMPLE_ROWS, max(length, 1)
+    if tokenizer is not None:
+        return tokenizer.encode(Path(__file__).read_text(encoding="utf-8"))[: shape[0] * shape[1]].reshape(shape)
     return np.random.default_rng(0).integers(0, settings.vocabulary_size, shape).astype(np.int32)
 
 
@@ -175,15 +179,19 @@ def own_logits(whole: Whole, tokens: np.ndarray) -> np.ndarray:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def write(whole: Whole, family: str, to: str, directory: Path, tokenizer: Tokenizer | None) -> None:
-    """Writes all files of a format into a directory that is there."""
+def write(
+    whole: Whole, family: str, to: str, directory: Path, tokenizer: Tokenizer | None
+) -> dict[str, dict[str, Lazy]]:
+    """Writes all files of a format into a directory that is there; returns what the files of weights hold, by their names."""
     match to:
         case "hf":
-            _write_plain(whole, family, directory, tokenizer)
+            files = _write_plain(whole, family, directory, tokenizer)
             if whole.settings.num_heads > 1:
                 tensors, description = described_heads(whole, family)
                 write_file(directory / HEADS_FILE, tensors)
                 _write_json(directory / DESCRIPTION_FILE, description)
+                files[HEADS_FILE] = tensors
+            return files
         case "hf-mtp":
             name = f"{family.capitalize()}MtpForCausalLM"
             depths = whole.settings.num_heads - 1
@@ -196,12 +204,14 @@ def write(whole: Whole, family: str, to: str, directory: Path, tokenizer: Tokeni
             tensors = trunk_tensors(whole, family) | deepseek_layers(whole, family)
             _write_model(whole, config_of(whole, family) | changes, tensors, directory, tokenizer)
             shutil.copyfile(_SHIPPED / "modeling_wmtp_mtp.py", directory / "modeling_wmtp_mtp.py")
+            return {WEIGHTS_FILE: tensors}
         case "medusa":
             tensors, config = medusa_heads(whole)
-            write_file(directory / "model.safetensors", tensors)
+            write_file(directory / WEIGHTS_FILE, tensors)
             _write_json(directory / "config.json", config)
             (directory / "target").mkdir()
-            _write_plain(whole, family, directory / "target", tokenizer)
+            target = _write_plain(whole, family, directory / "target", tokenizer)
+            return {WEIGHTS_FILE: tensors, f"target/{WEIGHTS_FILE}": target[WEIGHTS_FILE]}
         case "mimo":
             changes = {
                 "architectures": ["MiMoForCausalLM"],
@@ -218,20 +228,24 @@ def write(whole: Whole, family: str, to: str, directory: Path, tokenizer: Tokeni
             _write_model(whole, config_of(whole, "qwen2") | changes, tensors, directory, tokenizer)
             for name in ("configuration_mimo.py", "modeling_mimo.py"):
                 shutil.copyfile(_SHIPPED / name, directory / name)
-        case "meta":
-            write_checkpoint(whole, directory)
-            if tokenizer is not None:
-                tokenizer.save(directory)
+            return {WEIGHTS_FILE: tensors}
+    tensors = meta_tensors(whole)
+    write_checkpoint(whole, tensors, directory)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+    return {META_FILE: tensors}
 
 
-def _write_plain(whole: Whole, family: str, directory: Path, tokenizer: Tokenizer | None) -> None:
-    _write_model(whole, config_of(whole, family), trunk_tensors(whole, family), directory, tokenizer)
+def _write_plain(whole: Whole, family: str, directory: Path, tokenizer: Tokenizer | None) -> dict[str, dict[str, Lazy]]:
+    tensors = trunk_tensors(whole, family)
+    _write_model(whole, config_of(whole, family), tensors, directory, tokenizer)
+    return {WEIGHTS_FILE: tensors}
 
 
 def _write_model(
-    whole: Whole, config: dict[str, Any], tensors: dict[str, Any], directory: Path, tokenizer: Tokenizer | None
+    whole: Whole, config: dict[str, Any], tensors: dict[str, Lazy], directory: Path, tokenizer: Tokenizer | None
 ) -> None:
-    write_file(directory / "model.safetensors", tensors)
+    write_file(directory / WEIGHTS_FILE, tensors)
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", generation_config_of(whole, config))
     if tokenizer is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import numpy as np
 
 from wmtp_jax.errors import UserError
 from wmtp_jax.pretrained.meta_format import LAYER, OUTER
-from wmtp_jax.pretrained.whole import Whole
+from wmtp_jax.pretrained.whole import Lazy, Whole
+
+META_FILE = "consolidated.pth"
 
 
 def check_meta(whole: Whole) -> None:
@@ -40,34 +44,30 @@ def check_meta(whole: Whole) -> None:
             raise UserError(f"{whole.path}: --to=meta: Meta's layout has no {reason}; --to=hf writes any model")
 
 
-def write_checkpoint(whole: Whole, directory: Path) -> None:
-    """Writes `params.json` and `consolidated.pth`; tied embeddings are written twice. Needs torch."""
-    import torch
-
+def meta_tensors(whole: Whole) -> dict[str, Lazy]:
+    """Every tensor by Meta's name; tied embeddings are there twice."""
     s = whole.settings
-    tensors: dict[str, Any] = {}
-
-    def put(stored: str, array: np.ndarray) -> None:
-        tensors[stored] = torch.from_numpy(np.array(array, order="C"))
-
-    for ours, stored in OUTER.items():
-        if ours == "unembedding":
-            put(stored, whole.read("embedding") if s.tie_embeddings else whole.read("unembedding").T)
-        else:
-            put(stored, whole.read(ours))
+    tensors = {stored: whole.lazy(ours) for ours, stored in OUTER.items() if ours != "unembedding"}
+    tied = s.tie_embeddings
+    tensors[OUTER["unembedding"]] = whole.lazy("embedding") if tied else whole.lazy("unembedding", transposed=True)
     stacks = {f"layers.{i}": f"layers.{i}" for i in range(s.layers)}
     stacks |= {f"heads.{k}": f"extra_heads.{k - 1}" for k in whole.extra_heads}
-    for ours_stack, stored_stack in stacks.items():
+    for ours, theirs in stacks.items():
         for path, stored in LAYER.items():
-            array = whole.read(f"{ours_stack}.{path}")
-            if ".query." in path:
-                array = _neighbours(array.T, s.attention_heads)
-            elif ".key." in path:
-                array = _neighbours(array.T, s.kv_heads)
-            elif path.endswith(".kernel"):
-                array = array.T
-            put(f"{stored_stack}.{stored}", array)
-    torch.save(tensors, directory / "consolidated.pth")
+            shape, make = whole.lazy(f"{ours}.{path}", transposed=path.endswith(".kernel"))
+            heads = {"attention.query.kernel": s.attention_heads, "attention.key.kernel": s.kv_heads}.get(path)
+            if heads is not None:
+                make = functools.partial(_neighbours, make, heads)
+            tensors[f"{theirs}.{stored}"] = shape, make
+    return tensors
+
+
+def write_checkpoint(whole: Whole, tensors: Mapping[str, Lazy], directory: Path) -> None:
+    """Writes `params.json` and `consolidated.pth`. Needs torch, which takes all tensors at once."""
+    import torch
+
+    arrays = {name: torch.from_numpy(np.array(make(), order="C")) for name, (_, make) in tensors.items()}
+    torch.save(arrays, directory / META_FILE)
     (directory / "params.json").write_text(json.dumps(_params(whole), indent=2) + "\n")
 
 
@@ -97,7 +97,8 @@ def _feed_forward(width: int, mlp_width: int) -> dict[str, Any]:
     return {"multiple_of": mlp_width, **smaller}
 
 
-def _neighbours(rows: np.ndarray, heads: int) -> np.ndarray:
+def _neighbours(make: Callable[[], np.ndarray], heads: int) -> np.ndarray:
     """Rows `[heads * C, ...]` whose rotary pairs are (i, i + C / 2), put in Meta's order, pairs (2 i, 2 i + 1)."""
+    rows = make()
     halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
