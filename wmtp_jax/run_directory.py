@@ -38,8 +38,11 @@ OUTPUTS = ("checkpoints", "config.json", "curves.png", "metrics.jsonl", "mlflow.
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, *, flag: str = "--workdir") -> Iterator[None]:
     """Makes the directory and holds it for this process; the lock goes with the process, however it ends.
+
+    Args:
+      flag: what names the directory, for messages.
 
     Raises:
       UserError: another process holds it, or it can't be made or written.
@@ -48,12 +51,12 @@ def locked(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"--workdir={directory}: {error.strerror.lower()}; choose another directory") from error
+        raise UserError(f"{flag}={directory}: {error.strerror.lower()}; choose another directory") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"--workdir={directory}: another run is writing here; choose another directory") from error
+            raise UserError(f"{flag}={directory}: another run is writing here; choose another directory") from error
         yield
     finally:
         os.close(descriptor)
