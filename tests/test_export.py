@@ -15,6 +15,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
+from tests.published_llama import gguf_file
 from tests.test_data_gguf_tokenizer import write_sentencepiece
 from tests.test_pretrained import MODELS, S, parameters_of, randomised, reference_logits
 from wmtp_jax import export as exporting
@@ -23,9 +24,11 @@ from wmtp_jax.errors import UserError
 from wmtp_jax.export import export
 from wmtp_jax.generate import generate
 from wmtp_jax.model import abstract_parameters, flatten, merge, nest, split
+from wmtp_jax.origins import describe_base
 from wmtp_jax.parameters_file import FILE, read_parameters, write_arrays
 from wmtp_jax.pretrained import load_pretrained, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
+from wmtp_jax.pretrained.published import with_heads
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.train import train
 
@@ -273,7 +276,9 @@ def test_heads_beside_a_model_that_do_not_fit_are_refused(change, words, run, tm
     assert all(word in str(error.value) for word in words)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), pytest.param("qwen3", marks=pytest.mark.slow)]
+)
 def test_deepseek_layers_and_greedy_text(family, run, tmp_path, tokenizer):
     """256 tokens: ours, the plain export's, the export's with heads, and the same with drafts by its heads."""
     settings = FAMILIES[family]
@@ -563,6 +568,35 @@ def test_adapters_are_merged_and_a_value_head_is_left_out(run, tmp_path):
     assert not any("lora" in name or "value" in name for name in stored)
 
 
+@pytest.mark.slow
+def test_the_135m_llama_speaks_alike(tmp_path):
+    """256 tokens of the real model: ours, `hf`, `hf-mtp`, and `hf-mtp` with drafts by a depth near to the last layer."""
+    base = open_pretrained(gguf_file())
+    settings = with_heads(base.settings, num_heads=2, head_kind="sequential", where=base.path)
+    shapes = shapes_of(flatten(abstract_parameters(settings)[1]))
+    named = dict(gather(base, shapes, num_heads=2, head_kind="sequential"))
+    generator = np.random.default_rng(0)
+    for name in [name for name in named if name.startswith("heads")]:
+        named[name] = named[name] + np.float32(0.002) * generator.standard_normal(named[name].shape, np.float32)
+    file = tmp_path / "run" / "checkpoints" / "1" / FILE
+    file.parent.mkdir(parents=True)
+    about = {"backend": "jax", "model": dataclasses.asdict(settings), "pretrained": describe_base(base)}
+    write_arrays(file, named, about)
+    tokenizer = load_tokenizer(base.path)
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    for to in ("hf", "hf-mtp"):
+        export(tmp_path / "run", to=to, output=tmp_path / to)
+    prompt = tokenizer.encode('def quicksort(items):\n    """Sorts a list."""\n')
+    mine = generate(ours(settings, named), [prompt], max_new_tokens=256).tokens[0]
+    assert len(set(mine.tolist())) > 50
+    plain, heads = loaded(tmp_path / "hf"), loaded(tmp_path / "hf-mtp", trust_remote_code=True)
+    assert (plain.config.bos_token_id, plain.generation_config.eos_token_id) == (1, 2)
+    options = dict(max_new_tokens=256, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for model, extra in ((plain, {}), (heads, {}), (heads, {"use_mtp": True})):
+        ids = model.generate(torch.from_numpy(prompt).long()[None], **options, **extra)[0, len(prompt) :]
+        np.testing.assert_array_equal(ids.numpy(), mine, err_msg=str(extra))
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -572,6 +606,11 @@ def test_wrong_arguments_are_refused(run, tmp_path):
     refused("no checkpoint", checkpoint=tmp_path, to="hf", output=tmp_path / "out")
     with pytest.raises(UserError, match="is there already"):
         export(directory, to="hf", output=directory)
+    with pytest.raises(UserError, match="s3://bucket/out"):
+        export(directory, to="hf", output="s3://bucket/out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output"):
+        export(directory, to="hf", output=tmp_path / "file" / "out")
     (directory / "tokenizer").rename(directory / "elsewhere")
     refused("tokenizer", checkpoint=directory, to="hf", output=tmp_path / "out")
 

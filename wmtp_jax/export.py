@@ -75,6 +75,8 @@ def export(
       UserError: whatever the user can put right, and an export that does not give the model's logits; nothing is left behind.
     """
     begun = time.monotonic()
+    if "://" in str(output):
+        raise UserError(f"--output={output}: an export is written to a directory of this machine; copy it from there")
     output = Path(output).expanduser().absolute()
     if to not in FORMATS:
         raise UserError(f"--to={to}: must be {' | '.join(FORMATS)}")
