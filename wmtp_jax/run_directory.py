@@ -33,7 +33,7 @@ FREE_KEYS = (
     "critic.allow_unexplained",
 )
 # What a run writes, and --resume=never replaces.
-OUTPUTS = ("checkpoints", "config.json", "curves.png", "metrics.jsonl", "mlflow.json", "nonfinite", "reference",
+OUTPUTS = ("checkpoints", "config.json", "curves.png", "evaluation", "metrics.jsonl", "mlflow.json", "nonfinite", "reference",
            "report", "summary.json", "tokenizer", "tokens", "tracking.jsonl", "trunk", "value")  # fmt: skip
 
 
