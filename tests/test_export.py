@@ -338,13 +338,14 @@ def test_mimo(family, run, tmp_path):
     np.testing.assert_allclose(reference_logits(model, tokens), wanted[:, :, 0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("heads, tied", [(3, False), (3, True), (1, False)])
-def test_meta_there_and_back(heads, tied, run, tmp_path):
-    settings = dataclasses.replace(LLAMA, num_heads=heads, head_kind="block", tie_embeddings=tied, rope_theta=10_000.0)
+@pytest.mark.parametrize("heads, tied, layers", [(3, False, 2), (3, True, 1), (1, False, 2)])
+def test_meta_there_and_back(heads, tied, layers, run, tmp_path):
+    kinds = dict(num_heads=heads, layers=layers, head_kind="block", tie_embeddings=tied)
+    settings = dataclasses.replace(LLAMA, **kinds)
     directory, named = run(settings)
     export(directory, to="meta", output=tmp_path / "out")
     params = json.loads((tmp_path / "out" / "params.json").read_text())
-    assert params["n_layers"] == 2 + heads - 1 and params["n_future_tokens"] == heads
+    assert params["n_layers"] == layers + heads - 1 and params["n_future_tokens"] == heads
     again = load_pretrained(tmp_path / "out", num_heads=heads, head_kind="block")
     back = flatten(jax.tree.map(np.asarray, split(again)[1]))
     if tied:
