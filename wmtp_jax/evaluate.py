@@ -288,6 +288,8 @@ def _windows(source: str, texts: dict[str, Any] | None, tokenizer: Tokenizer, se
     if source:
         if Path(source).expanduser().is_file():
             source = f"jsonl:{source}" if source.endswith(".jsonl") else f"text:{source}"
+        if source.partition(":")[0] not in ("python-stdlib", "jsonl", "text", "tfds"):
+            raise UserError(f"--data={source}: no such file; a source is python-stdlib, jsonl:PATH, text:GLOB or tfds:NAME")
         documents, name = everything(source, tokenizer), source
     else:
         documents = held_out(
