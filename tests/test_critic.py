@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from tests.test_train_step import SETTINGS, B, S, make_batch
-from wmtp_jax.critic import lambda_returns, token_score, value_loss, value_sums
+from wmtp_jax import critic as critics
+from wmtp_jax import weighting
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.metrics import value_metrics
 from wmtp_jax.model import initial_parameters, merge
@@ -22,9 +23,12 @@ from wmtp_jax.train_step import (
     inspect_tokens,
     loss_and_gradients,
     shared_states,
+    token_score,
     token_values,
     train_step,
+    value_loss,
     value_step,
+    value_sums,
 )
 
 OPTIMIZER = OptimizerSettings(
@@ -83,7 +87,7 @@ def test_returns_and_loss_by_literal_loops(discount, decay):
     values = np.random.default_rng(1).normal(size=(B, S)).astype(np.float32)
     ids, rewards, rewarded = (np.asarray(batch[name]) for name in ("segment_ids", "rewards", "rewarded"))
     expected = loop_returns(values.astype(np.float64), rewards, ids, discount, decay)
-    got = lambda_returns(jnp.asarray(values), rewards, ids, discount=discount, decay=decay)
+    got = critics.lambda_returns(jnp, weighting, jnp.asarray(values), rewards, ids, discount=discount, decay=decay)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     loss = value_loss(jnp.asarray(values), rewards, rewarded, ids, critic=critic, denominator=jnp.float32(rewarded.sum()))
     assert float(loss) == pytest.approx(((values - expected) ** 2)[rewarded].mean(), rel=1e-5)

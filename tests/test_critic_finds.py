@@ -9,13 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wmtp_jax.critic import token_score
 from wmtp_jax.data.targets import shift_targets
 from wmtp_jax.losses import TokenStatistics
 from wmtp_jax.model import ModelSettings, initial_parameters, merge
 from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.settings import Critic, OptimizerSettings, Weighting
-from wmtp_jax.train_step import initial_state, shared_states, token_values, token_weights, train_step, value_step
+from wmtp_jax.train_step import (
+    initial_state,
+    shared_states,
+    token_score,
+    token_values,
+    token_weights,
+    train_step,
+    value_step,
+)
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ WITHOUT_JAX = [
     "wmtp_jax.evaluation.coding", "wmtp_jax.evaluation.token_kinds", "wmtp_jax.evaluation.windows", "wmtp_jax.evaluate",
     "wmtp_jax.pretrained", "wmtp_jax.progress", "wmtp_jax.report.curves",
     "wmtp_jax.run_directory", "wmtp_jax.settings", "wmtp_jax.summary", "wmtp_jax.tracking",
-    "wmtp_torch.checkpoint", "wmtp_torch.critic", "wmtp_torch.losses", "wmtp_torch.main", "wmtp_torch.model",
+    "wmtp_torch.checkpoint", "wmtp_torch.losses", "wmtp_torch.main", "wmtp_torch.model",
     "wmtp_torch.optimizer", "wmtp_torch.train", "wmtp_torch.train_step", "wmtp_torch.weighting",
 ]  # fmt: skip
 METHOD = ["wmtp_jax.model", "wmtp_jax.losses", "wmtp_jax.weighting", "wmtp_jax.train_step"]

@@ -28,17 +28,20 @@ from wmtp_jax.data.bigram import bigram_metrics
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches
 from wmtp_jax.errors import disk_errors
+from wmtp_jax.evaluation.metrics import evaluate, value_metrics
 from wmtp_jax.experiment import (
     adapter_settings,
+    critic_settings,
     load_data,
     model_settings,
+    peak_learning_rate,
     reference_config,
     total_steps,
     trunk_config,
     value_config,
     weighting_settings,
 )
-from wmtp_jax.flops import flops_per_token
+from wmtp_jax.flops import flops_per_token, trunk_flops_per_token
 from wmtp_jax.origins import (
     Start,
     base_settings,
@@ -144,22 +147,70 @@ class Stage:
         origins = {**self.origins, "reference_losses": found.name}
         return dataclasses.replace(self, corpus=scores.with_losses(self.corpus, found), origins=origins)
 
-    def training(self, backend: str, **functions: Any) -> loop.Training:
-        """The stage for the loop; `functions` are those fields of `loop.Training` that touch a backend's arrays."""
+    def training(
+        self,
+        backend: str,
+        *,
+        device: str,
+        parameters: int,
+        rate: Callable[[int], Any],
+        checkpoints: Callable[..., loop.SavedStates],
+        **functions: Any,
+    ) -> loop.Training:
+        """The stage for the loop.
+
+        Args:
+          backend: `Backend.NAME`.
+          device: as a person calls it.
+          parameters: how many are trained.
+          rate: updates before one -> the schedule's factor of its learning rate.
+          checkpoints: the backend's `Checkpoints`.
+          functions: those fields of `loop.Training` that touch a backend's arrays.
+        """
+        c, model = self.config, self.model
+        values, critic = self.name == "value", critic_settings(c) is not None
+        what = f"{c.weighting.algorithm}, {model.num_heads} {model.head_kind} heads, {parameters:,} parameters"
+        if values:
+            what = f"value head of {parameters:,} parameters on a frozen model, rewards by {c.reward.source}"
+        peak = c.critic.learning_rate if values else peak_learning_rate(c)
+
+        def measure(metrics: Any, step: int) -> dict[str, float]:
+            return metrics.named(learning_rate=peak * float(rate(step)), **({} if values else {"critic": critic}))
+
+        flops = trunk_flops_per_token(model, c.data.sequence_length) if values else self.flops_per_token
+        self.directory.mkdir(parents=True, exist_ok=True)
+        saved = checkpoints(
+            self.directory / run_directory.CHECKPOINTS,
+            keep_last=c.checkpoint.keep_last,
+            best_metric=c.checkpoint.best_metric,
+        )
         return loop.Training(
             stage=self.name,
-            steps=total_steps(self.config, self.corpus),
-            num_heads=self.model.num_heads,
+            headline=f"{what}, on {device}",
+            steps=total_steps(c, self.corpus),
+            num_heads=model.num_heads,
+            measure=measure,
+            checkpoints=saved,
             description=self.describe(backend),
             is_finite=lambda result: bool(result.finite),
+            flops_per_token=flops,
             **functions,
         )
 
+    @functools.cached_property
     def evaluation_batches(self) -> list[Batch]:
         """The held-out batches of every evaluation, a micro-batch each: what fits in a step fits there."""
         parts = self.config.train.accumulation
         return self._held_out(self.config.train.batch_size // parts, self.config.eval.batches * parts)
 
+    def evaluate(
+        self, sums: Callable[[Batch], tuple] | None, value_sums: Callable[[Batch], tuple] | None
+    ) -> dict[str, float]:
+        """The `eval/` metrics, from sums over a batch as `evaluation.metrics` takes them; None: there are no such."""
+        metrics = evaluate(sums, self.evaluation_batches) if sums else {}
+        return metrics | (value_metrics(value_sums, self.evaluation_batches) if value_sums else {})
+
+    @functools.cached_property
     def token_batch(self) -> Batch | None:
         """The held-out rows of tokens/STEP.npz; None where none are kept."""
         rows = self.config.eval.token_rows
@@ -513,7 +564,7 @@ def _hand_over(stage: Stage, tracker: Tracker | None) -> None:
 
 
 def finish_model(
-    stage: Stage, *, step: int, skipped: int, best: int | None, batches: list[Batch], samples: list[dict[str, str]]
+    stage: Stage, *, step: int, skipped: int, best: int | None, samples: list[dict[str, str]]
 ) -> None:
     """Writes `summary.json` and `curves.png`, and prints what was learned and where to look next.
 
@@ -522,7 +573,6 @@ def finish_model(
       step: updates that were made.
       skipped: of these, left out as non-finite.
       best: the step of the best checkpoint.
-      batches: of the evaluation.
       samples: `prompt` and `completion` each.
     """
     config, directory = stage.config, stage.directory
@@ -531,7 +581,7 @@ def finish_model(
     pairs = None
     if config.eval.bigram:
         seen = step * config.train.batch_size
-        pairs = bigram_metrics(stage.corpus, rows=seen, seed=config.train.seed, batches=batches)
+        pairs = bigram_metrics(stage.corpus, rows=seen, seed=config.train.seed, batches=stage.evaluation_batches)
     facts = {
         "algorithm": config.weighting.algorithm,
         "steps": step,

@@ -22,29 +22,24 @@ from ml_collections import ConfigDict
 from wmtp_jax import loop
 from wmtp_jax.checkpoint import Checkpoints, load_model
 from wmtp_jax.cli import StopSignals
-from wmtp_jax.critic import value_sums
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.devices import choose_device, keep_compiled_programs, peak_flops
 from wmtp_jax.dry_run import print_plan
 from wmtp_jax.evaluation.likelihood import batch_sums
-from wmtp_jax.evaluation.metrics import evaluate, value_metrics
 from wmtp_jax.experiment import (
     critic_settings,
     optimizer_settings,
-    peak_learning_rate,
     total_steps,
     trainable,
     weighting_settings,
 )
-from wmtp_jax.flops import trunk_flops_per_token
 from wmtp_jax.generate import generate
 from wmtp_jax.model import Parameters, abstract_parameters, flatten, initial_parameters, merge, nest, split
 from wmtp_jax.optimizer import make_optimizer, make_schedule
 from wmtp_jax.origins import is_published
 from wmtp_jax.pretrained import Published, load_pretrained
 from wmtp_jax.pretrained.placing import place
-from wmtp_jax.records import StepMetrics, ValueMetrics
-from wmtp_jax.run_directory import CHECKPOINTS
+from wmtp_jax.records import StepMetrics
 from wmtp_jax.stages import Stage, finish_model, finish_values, run_experiment
 from wmtp_jax.train_step import (
     Batch,
@@ -57,6 +52,7 @@ from wmtp_jax.train_step import (
     token_values,
     train_step,
     value_step,
+    value_sums,
 )
 
 # `stages.Backend`, which this module is, and the command's entry.
@@ -123,7 +119,6 @@ def train_model(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
         definition, abstract = abstract_parameters(settings, value_head=critic is not None)
         parameters = _placed(stage, abstract)
     optimizer = make_optimizer(optimizer_settings(config), steps)
-    rate = make_schedule(optimizer_settings(config), steps)
     state = initial_state(parameters, optimizer, trained)
     del parameters
     reference = stage.reference or Reference(None, None)
@@ -139,36 +134,27 @@ def train_model(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
     of_values = jax.jit(functools.partial(_value_sums, definition=definition, discount=config.critic.discount))
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
-    token_bytes = jnp.asarray(stage.corpus.tokenizer.token_bytes)
-    batches, token_batch = stage.evaluation_batches(), stage.token_batch()
+    token_bytes, token_batch = jnp.asarray(stage.corpus.tokenizer.token_bytes), stage.token_batch
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
-        metrics = evaluate(lambda batch: sums(state.parameters, batch, token_bytes), batches)
-        if critic is not None:
-            metrics |= value_metrics(lambda batch: of_values(state.parameters, batch), batches)
-        return metrics
+        values = (lambda batch: of_values(state.parameters, batch)) if critic is not None else None
+        return stage.evaluate(lambda batch: sums(state.parameters, batch, token_bytes), values)
 
     def inspect_state(state: TrainState) -> dict[str, Any]:
         return {**token_batch, **inspect(state.parameters, token_batch, reference.parameters, state.step)}
 
-    def measure(metrics: StepMetrics, step: int) -> dict[str, float]:
-        learning_rate = peak_learning_rate(config) * float(rate(step))
-        return metrics.named(learning_rate=learning_rate, critic=critic is not None)
-
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
     training = stage.training(
         NAME,
-        headline=f"{weighting.algorithm}, {settings.num_heads} {settings.head_kind} heads, {count:,} parameters, "
-        f"on {device.device_kind}",
+        device=device.device_kind,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)),
+        rate=make_schedule(optimizer_settings(config), steps),
+        checkpoints=Checkpoints,
         state=state,
         update=lambda state, batch: update(state, batch, reference.parameters),
-        measure=measure,
         explain=_explain,
         evaluate=evaluate_state,
         inspect=inspect_state if token_batch is not None else None,
-        checkpoints=_checkpoints(stage),
-        flops_per_token=stage.flops_per_token,
         peak_flops=peak_flops(device),
     )
     del state
@@ -181,9 +167,7 @@ def train_model(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
         return np.concatenate([prompts, np.stack(generation.tokens)], axis=1)
 
     samples = stage.complete(continued)
-    finish_model(
-        stage, step=int(state.step), skipped=int(state.skipped), best=best, batches=batches, samples=samples
-    )
+    finish_model(stage, step=int(state.step), skipped=int(state.skipped), best=best, samples=samples)
 
 
 def train_values(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
@@ -196,7 +180,6 @@ def train_values(stage: Stage, device: jax.Device, signals: StopSignals) -> None
     parameters = {"value_head": parameters["value_head"]}
     trunk = _placed(stage, abstract_parameters(settings)[1])
     optimizer = make_optimizer(optimizer_settings(config), steps)
-    rate = make_schedule(optimizer_settings(config), steps)
 
     # ---- compiled functions ------------------------------------------------------------------------------------------
     step = functools.partial(
@@ -204,28 +187,22 @@ def train_values(stage: Stage, device: jax.Device, signals: StopSignals) -> None
     )
     update = jax.jit(step, donate_argnums=0)
     sums = jax.jit(functools.partial(_value_sums, definition=definition, discount=critic.discount))
-    batches = stage.evaluation_batches()
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
-        return value_metrics(lambda batch: sums({**trunk, **state.parameters}, batch), batches)
-
-    def measure(metrics: ValueMetrics, step: int) -> dict[str, float]:
-        return metrics.named(learning_rate=config.critic.learning_rate * float(rate(step)))
+        return stage.evaluate(None, lambda batch: sums({**trunk, **state.parameters}, batch))
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     training = stage.training(
         NAME,
-        headline=f"value head of {count:,} parameters on a frozen model, rewards by {config.reward.source}, "
-        f"on {device.device_kind}",
+        device=device.device_kind,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(parameters)),
+        rate=make_schedule(optimizer_settings(config), steps),
+        checkpoints=Checkpoints,
         state=initial_state(parameters, optimizer),
         update=lambda state, batch: update(state, batch, trunk),
-        measure=measure,
         explain=_explain,
         evaluate=evaluate_state,
         inspect=None,
-        checkpoints=_checkpoints(stage),
-        flops_per_token=trunk_flops_per_token(settings, config.data.sequence_length),
         peak_flops=peak_flops(device),
     )
     del parameters
@@ -252,12 +229,6 @@ def _value_sums(parameters: Parameters, batch: Batch, *, definition: nnx.GraphDe
     model = merge(definition, parameters)
     values = token_values(model, shared_states(model, batch))
     return value_sums(values, batch["rewards"], batch["rewarded"], batch["segment_ids"], discount=discount)
-
-
-def _checkpoints(stage: Stage) -> Checkpoints:
-    c = stage.config.checkpoint
-    stage.directory.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(stage.directory / CHECKPOINTS, keep_last=c.keep_last, best_metric=c.best_metric)
 
 
 def _explain(state: TrainState, metrics: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from wmtp_jax import algorithms, weighting
-from wmtp_jax.critic import token_score, value_loss
+from wmtp_jax import critic as critics
 from wmtp_jax.losses import TokenStatistics, token_statistics, weighted_mean
 from wmtp_jax.model import Model, Parameters, merge, separate, unite
 from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss
@@ -112,6 +112,9 @@ def reference_token_loss(reference: Reference, batch: Batch, *, chunk_size: int 
 
 
 token_weights = functools.partial(algorithms.token_weights, jnp, weighting)
+token_score = functools.partial(critics.token_score, weighting)
+value_loss = functools.partial(critics.value_loss, jnp, weighting, jax.lax.stop_gradient)
+value_sums = functools.partial(critics.value_sums, jnp, weighting)
 
 
 def _batch_weights(
@@ -126,7 +129,7 @@ def _batch_weights(
 ) -> Array:
     mask, score = batch["mask"], None
     if settings.needs_values:
-        score = token_score(values, batch["rewards"], batch["segment_ids"], critic=critic)
+        score = token_score(jax.lax.stop_gradient(values), batch["rewards"], batch["segment_ids"], critic=critic)
     weights = token_weights(settings, statistics, mask, reference_loss=reference_loss, token_score=score)
     if settings.permute:
         noise = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), mask.shape)

@@ -215,17 +215,9 @@ def _rescale(softmax: _Softmax, maximum: Array) -> _Softmax:
 
 
 def _gradients(
-    hidden: Array,
-    unembedding: Array,
-    targets: Array,
-    maximum: Array,
-    normalizer: Array,
-    cotangent: Array,
-    *,
-    chunk: int,
-    tile: int,
-    needed: tuple[bool, bool],
-) -> tuple[Array | None, Array | None]:
+    hidden: Array, unembedding: Array, targets: Array, maximum: Array, normalizer: Array, cotangent: Array,
+    *, chunk: int, tile: int, needed: tuple[bool, bool],
+) -> tuple[Array | None, Array | None]:  # fmt: skip
     """Returns the gradients in `hidden` and `unembedding` of the loss, whose cotangent g is `[heads, tokens]`.
 
         d_hidden = Σ_head g (p - onehot(target)) @ unembedding^T,   d_unembedding = hidden^T @ (g (p - onehot(target)))

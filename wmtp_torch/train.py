@@ -22,25 +22,14 @@ from wmtp_jax import loop, summary
 from wmtp_jax.cli import StopSignals
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.errors import UserError
-from wmtp_jax.evaluation.metrics import evaluate, value_metrics
-from wmtp_jax.experiment import (
-    critic_settings,
-    optimizer_settings,
-    peak_learning_rate,
-    total_steps,
-    trainable,
-    weighting_settings,
-)
-from wmtp_jax.flops import measured_peak, peak_of, trunk_flops_per_token
+from wmtp_jax.experiment import critic_settings, optimizer_settings, total_steps, trainable, weighting_settings
+from wmtp_jax.flops import measured_peak, peak_of
 from wmtp_jax.origins import is_published
 from wmtp_jax.pretrained import Published, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
-from wmtp_jax.records import StepMetrics, ValueMetrics
-from wmtp_jax.run_directory import CHECKPOINTS
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.stages import Stage, finish_model, finish_values, plan_rows, run_experiment
 from wmtp_torch.checkpoint import Checkpoints, load_model
-from wmtp_torch.critic import value_sums
 from wmtp_torch.model import Model, initial_parameters, merge
 from wmtp_torch.optimizer import Optimizer, make_schedule
 from wmtp_torch.train_step import (
@@ -54,6 +43,7 @@ from wmtp_torch.train_step import (
     token_values,
     train_step,
     value_step,
+    value_sums,
 )
 
 # `stages.Backend`, which this module is, and the command's entry.
@@ -135,53 +125,29 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
     model, trained = merge(settings, parameters), trainable(config)
     parameters = {n: p.requires_grad_(trained.first(n) is not None) for n, p in model.named_parameters()}
     optimizer = Optimizer(optimizer_settings(config), steps, device=device)
-    rate = make_schedule(optimizer_settings(config), steps)
 
     # ---- functions of a step -----------------------------------------------------------------------------------------
     shared = {"settings": weighting, "critic": critic, "reference": stage.reference, "seed": seed, "chunk_size": chunk_size}
-    step = functools.partial(
-        train_step, model=model, optimizer=optimizer, accumulation=config.train.accumulation, trainable=trained, **shared
-    )
-
-    # ---- evaluation --------------------------------------------------------------------------------------------------
-    token_bytes = torch.from_numpy(stage.corpus.tokenizer.token_bytes).to(device)
-    batches, token_batch = stage.evaluation_batches(), stage.token_batch()
+    options = {"accumulation": config.train.accumulation, "trainable": trained, **shared}
+    step = functools.partial(train_step, model=model, optimizer=optimizer, **options)
+    token_bytes, token_batch = torch.from_numpy(stage.corpus.tokenizer.token_bytes).to(device), stage.token_batch
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
-        metrics = evaluate(lambda b: _batch_sums(model, _move(b, device), token_bytes, chunk_size), batches)
-        if critic is not None:
-            metrics |= value_metrics(lambda b: _value_sums(model, _move(b, device), critic.discount), batches)
-        return metrics
+        values = (lambda b: _value_sums(model, _move(b, device), critic.discount)) if critic is not None else None
+        return stage.evaluate(lambda b: _batch_sums(model, _move(b, device), token_bytes, chunk_size), values)
 
     def inspect_state(state: TrainState) -> dict[str, Any]:
         entries = inspect_tokens(model, _move(token_batch, device), state.step, **shared)
-        return {**token_batch, **_numpy(entries)}
-
-    def measure(metrics: StepMetrics, step: int) -> dict[str, float]:
-        learning_rate = peak_learning_rate(config) * float(rate(step))
-        return metrics.named(learning_rate=learning_rate, critic=critic is not None)
+        return {**token_batch, **{name: tensor.detach().cpu().numpy() for name, tensor in entries.items()}}
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    count = sum(parameter.numel() for parameter in parameters.values())
-    training = stage.training(
-        NAME,
-        headline=f"{weighting.algorithm}, {settings.num_heads} {settings.head_kind} heads, {count:,} parameters, "
-        f"torch on {device.type}",
-        state=initial_state(parameters, optimizer, trained),
-        update=lambda state, batch: step(state, _move(batch, device)),
-        measure=measure,
-        explain=_explain,
-        evaluate=evaluate_state,
-        inspect=inspect_state if token_batch is not None else None,
-        checkpoints=_checkpoints(stage),
-        flops_per_token=stage.flops_per_token,
-        peak_flops=_peak_flops(device),
-    )
-    state, best = loop.run(training, config, stage.directory, stage.corpus, signals, use_grain=False)
+    inspect = inspect_state if token_batch is not None else None
+    start = initial_state(parameters, optimizer, trained)
+    state, best = _run(stage, device, signals, start, step=step, evaluate=evaluate_state, inspect=inspect)
 
     # ---- what it learned ---------------------------------------------------------------------------------------------
     samples = stage.complete(functools.partial(_sample, model, device, config.eval.completion_temperature, seed))
-    finish_model(stage, step=state.step, skipped=int(state.skipped), best=best, batches=batches, samples=samples)
+    finish_model(stage, step=state.step, skipped=int(state.skipped), best=best, samples=samples)
     _release(device)
 
 
@@ -197,39 +163,36 @@ def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> No
     model = merge(settings, {**trunk, **_move(head, device)}).requires_grad_(False)
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if name in head}
     optimizer = Optimizer(optimizer_settings(config), steps, device=device)
-    rate = make_schedule(optimizer_settings(config), steps)
 
     # ---- functions of a step -----------------------------------------------------------------------------------------
-    step = functools.partial(
-        value_step, model=model, optimizer=optimizer, critic=critic, accumulation=config.train.accumulation
-    )
-    batches = stage.evaluation_batches()
+    options = {"critic": critic, "accumulation": config.train.accumulation}
+    step = functools.partial(value_step, model=model, optimizer=optimizer, **options)
 
-    def measure(metrics: ValueMetrics, step: int) -> dict[str, float]:
-        return metrics.named(learning_rate=config.critic.learning_rate * float(rate(step)))
+    def evaluate_state(state: TrainState) -> dict[str, float]:
+        return stage.evaluate(None, lambda b: _value_sums(model, _move(b, device), critic.discount))
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    count = sum(parameter.numel() for parameter in parameters.values())
-    training = stage.training(
-        NAME,
-        headline=f"value head of {count:,} parameters on a frozen model, rewards by {config.reward.source}, "
-        f"torch on {device.type}",
-        state=initial_state(parameters, optimizer),
-        update=lambda state, batch: step(state, _move(batch, device)),
-        measure=measure,
-        explain=_explain,
-        evaluate=lambda _: value_metrics(lambda b: _value_sums(model, _move(b, device), critic.discount), batches),
-        inspect=None,
-        checkpoints=_checkpoints(stage),
-        flops_per_token=trunk_flops_per_token(settings, config.data.sequence_length),
-        peak_flops=_peak_flops(device),
-    )
-    state, best = loop.run(training, config, stage.directory, stage.corpus, signals, use_grain=False)
+    start = initial_state(parameters, optimizer)
+    state, best = _run(stage, device, signals, start, step=step, evaluate=evaluate_state)
     finish_values(stage, step=state.step, skipped=int(state.skipped), best=best)
     _release(device)
 
 
 # ---- pieces of the above ---------------------------------------------------------------------------------------------
+
+
+def _run(
+    stage: Stage, device: torch.device, signals: StopSignals, state: TrainState, *, step: Callable, evaluate: Callable,
+    inspect: Callable | None = None,
+) -> tuple[TrainState, int | None]:  # fmt: skip
+    """A stage through the loop, from its first state: the last state, and the step of the best checkpoint."""
+    training = stage.training(
+        NAME, device=f"torch on {device.type}", parameters=sum(p.numel() for p in state.parameters.values()),
+        rate=make_schedule(optimizer_settings(stage.config), total_steps(stage.config, stage.corpus)),
+        checkpoints=Checkpoints, state=state, update=lambda state, batch: step(state, _move(batch, device)),
+        explain=_explain, evaluate=evaluate, inspect=inspect, peak_flops=_peak_flops(device),
+    )  # fmt: skip
+    return loop.run(training, stage.config, stage.directory, stage.corpus, signals, use_grain=False)
 
 
 @torch.no_grad()
@@ -258,11 +221,10 @@ def _sample(
         states, unembedding = model.head_groups(shared_states(model, b := _move(batch, device)), b["tokens"],
                                                 model.context(b["segment_ids"], b["positions"]), num_heads=1)[0]
         logits = states.reshape(*tokens.shape, -1)[:, -1].float() @ unembedding.float().reshape(-1, unembedding.shape[-1])
-        chosen = (
-            torch.multinomial(torch.softmax(logits.cpu() / temperature, -1), 1, generator=generator)
-            if temperature
-            else logits.cpu().argmax(-1, keepdim=True)
-        )
+        if temperature:
+            chosen = torch.multinomial(torch.softmax(logits.cpu() / temperature, -1), 1, generator=generator)
+        else:
+            chosen = logits.cpu().argmax(-1, keepdim=True)
         tokens = torch.cat([tokens, chosen], dim=1)
     return tokens.numpy()
 
@@ -292,16 +254,6 @@ def _published(published: Published, device: torch.device) -> Model:
 
 def _shapes(settings: ModelSettings, *, value_head: bool = False) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in Model(settings, value_head=value_head).named_parameters()}
-
-
-def _numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-
-
-def _checkpoints(stage: Stage) -> Checkpoints:
-    c = stage.config.checkpoint
-    stage.directory.mkdir(parents=True, exist_ok=True)
-    return Checkpoints(stage.directory / CHECKPOINTS, keep_last=c.keep_last, best_metric=c.best_metric)
 
 
 def _explain(state: TrainState, metrics: Any) -> dict[str, Any]:

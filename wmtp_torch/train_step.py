@@ -7,16 +7,16 @@ finite is left out by arithmetic, and numbers are read by whoever logs them.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from wmtp_jax import algorithms
+from wmtp_jax import critic as critics
 from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss
 from wmtp_jax.settings import Critic, Weighting
 from wmtp_jax.trainable import ALL, Trainable
 from wmtp_torch import weighting
-from wmtp_torch.critic import token_score, value_loss
 from wmtp_torch.losses import TokenStatistics, token_statistics, weighted_mean
 from wmtp_torch.model import Model, Parameters
 from wmtp_torch.optimizer import Optimizer, OptimizerState, global_norm
@@ -102,19 +102,16 @@ def reference_token_loss(reference: Model, batch: Batch, *, chunk_size: int | No
 
 
 token_weights = functools.partial(algorithms.token_weights, torch, weighting)
+token_score = functools.partial(critics.token_score, weighting)
+value_loss = functools.partial(critics.value_loss, torch, weighting, torch.Tensor.detach)
+value_sums = functools.partial(critics.value_sums, torch, weighting)
 
 
 @torch.no_grad()
 def _batch_weights(
-    settings: Weighting,
-    critic: Critic | None,
-    statistics: TokenStatistics,
-    batch: Batch,
-    step: int,
-    seed: int,
-    reference_loss: Array | None,
-    values: Array | None,
-) -> Array:
+    settings: Weighting, critic: Critic | None, step: int, seed: int,
+    statistics: TokenStatistics, batch: Batch, reference_loss: Array | None, values: Array | None,
+) -> Array:  # fmt: skip
     mask, score = batch["mask"], None
     if step < settings.start_step:
         return weighting.uniform(mask)
@@ -134,18 +131,9 @@ def _batch_weights(
 
 
 def loss_and_gradients(
-    model: Model,
-    batch: Batch,
-    *,
-    settings: Weighting,
-    critic: Critic | None = None,
-    reference: Model | None = None,
-    step: int = 0,
-    seed: int = 0,
-    accumulation: int = 1,
-    chunk_size: int | None = None,
-    trainable: Trainable = ALL,
-) -> WeightedLoss:
+    model: Model, batch: Batch, *, settings: Weighting, critic: Critic | None = None, reference: Model | None = None,
+    step: int = 0, seed: int = 0, accumulation: int = 1, chunk_size: int | None = None, trainable: Trainable = ALL,
+) -> WeightedLoss:  # fmt: skip
     """The weighted loss of a batch and its gradient in the model's parameters that require one.
 
     With `accumulation` A > 1 the rows go through in A parts; loss and gradient are those of the whole batch up to
@@ -167,8 +155,7 @@ def loss_and_gradients(
     denominator = batch["mask"].sum().float()
     value_denominator = batch["rewarded"].sum().float() if critic else None
 
-    def weigh(statistics: TokenStatistics, part: Batch, part_reference: Array | None, values: Array | None) -> Array:
-        return _batch_weights(settings, critic, statistics, part, step, seed, part_reference, values)
+    weigh = functools.partial(_batch_weights, settings, critic, step, seed)
 
     def reference_of(part: Batch) -> Array | None:
         if not settings.needs_reference:
@@ -200,10 +187,7 @@ def loss_and_gradients(
         weights = weigh(statistics, part, reference_of(part), values) if part_weights is None else part_weights
         part_loss = total = weighted_mean(statistics.loss, weights, part["mask"], denominator=denominator)
         if critic:
-            part_value_loss = value_loss(
-                values, part["rewards"], part["rewarded"], part["segment_ids"],
-                critic=critic, denominator=value_denominator,
-            )  # fmt: skip
+            part_value_loss = _part_value_loss(values, part, critic, value_denominator)
             total = part_loss + critic.coefficient * part_value_loss
             of_values = of_values + part_value_loss.detach()
         loss = loss + part_loss.detach()
@@ -211,6 +195,11 @@ def loss_and_gradients(
         entries.append((statistics.loss.detach(), weights))
     losses, weights = (_whole(parts) for parts in zip(*entries, strict=True))
     return WeightedLoss(loss, of_values, trainable.trained(gradients), losses, weights)
+
+
+def _part_value_loss(values: Array, part: Batch, critic: Critic, denominator: Array) -> Array:
+    columns = (part[name] for name in ("rewards", "rewarded", "segment_ids"))
+    return value_loss(values, *columns, critic=critic, denominator=denominator)
 
 
 def _add(gradients: Parameters, parameters: Parameters, loss: Array) -> None:
@@ -241,49 +230,20 @@ def masked_head_means(loss: Array, mask: Array) -> Array:
 
 
 def train_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    model: Model,
-    optimizer: Optimizer,
-    settings: Weighting,
-    critic: Critic | None = None,
-    reference: Model | None = None,
-    seed: int = 0,
-    accumulation: int = 1,
-    chunk_size: int | None = None,
-    trainable: Trainable = ALL,
+    state: TrainState, batch: Batch, *, model: Model, optimizer: Optimizer, trainable: Trainable = ALL, **settings: Any
 ) -> tuple[TrainState, StepMetrics]:
     """One update of the parameters that are trained. Where loss or gradient is not finite, parameters and optimizer stay as
     they were and `finite` is False.
 
-    `state.parameters` are those of `model`, changed in place.
+    `state.parameters` are those of `model`, changed in place; `settings` are those of `loss_and_gradients` besides `step`.
     """
-    done = loss_and_gradients(
-        model,
-        batch,
-        settings=settings,
-        critic=critic,
-        reference=reference,
-        step=state.step,
-        seed=seed,
-        accumulation=accumulation,
-        chunk_size=chunk_size,
-        trainable=trainable,
-    )
+    done = loss_and_gradients(model, batch, step=state.step, trainable=trainable, **settings)
     # Of the model alone: a figure that means the same for every algorithm. Before the update, which clips in place.
     norm = global_norm([g for name, g in done.gradients.items() if not name.startswith("value_head.")])
     state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer, trainable)
-    metrics = StepMetrics(
-        loss=done.loss,
-        ce_head=masked_head_means(done.losses, batch["mask"]),
-        value_loss=done.value_loss,
-        weight_entropy=weighting.weight_entropy(done.weights, batch["mask"]),
-        effective_sample_fraction=weighting.effective_sample_fraction(done.weights, batch["mask"]),
-        grad_norm=norm,
-        finite=finite,
-    )
-    return state, metrics
+    means, entropy = masked_head_means(done.losses, batch["mask"]), weighting.weight_entropy(done.weights, batch["mask"])
+    share = weighting.effective_sample_fraction(done.weights, batch["mask"])
+    return state, StepMetrics(done.loss, means, done.value_loss, entropy, share, norm, finite)
 
 
 def value_step(
@@ -306,9 +266,7 @@ def value_step(
         with torch.no_grad():
             shared = shared_states(model, part)
         values = token_values(model, shared)
-        part_loss = value_loss(
-            values, part["rewards"], part["rewarded"], part["segment_ids"], critic=critic, denominator=denominator
-        )
+        part_loss = _part_value_loss(values, part, critic, denominator)
         loss = loss + part_loss.detach()
         _add(gradients, state.parameters, part_loss)
     norm = global_norm(list(gradients.values()))
@@ -327,16 +285,9 @@ def _apply(
 
 @torch.no_grad()
 def inspect_tokens(
-    model: Model,
-    batch: Batch,
-    step: int,
-    *,
-    settings: Weighting,
-    critic: Critic | None = None,
-    reference: Model | None = None,
-    seed: int = 0,
-    chunk_size: int | None = None,
-) -> dict[str, Array]:
+    model: Model, batch: Batch, step: int, *, settings: Weighting, critic: Critic | None = None,
+    reference: Model | None = None, seed: int = 0, chunk_size: int | None = None,
+) -> dict[str, Array]:  # fmt: skip
     """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and, where there is a
     reference, `reference_loss`, each `[B, S, H]`; with a critic, `value [B, S]`. The weights are those that an update after
     `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
@@ -345,13 +296,12 @@ def inspect_tokens(
     if "reference_loss" in batch:
         entries["reference_loss"] = weighting.align_to_heads(batch["reference_loss"], num_heads=batch["mask"].shape[-1])
     elif reference is not None:
-        entries["reference_loss"] = reference_loss(
-            reference, batch, alignment=settings.alignment, chunk_size=chunk_size
-        )
+        options = {"alignment": settings.alignment, "chunk_size": chunk_size}
+        entries["reference_loss"] = reference_loss(reference, batch, **options)
     if critic:
         entries["value"] = token_values(model, shared)
     known, values = entries.get("reference_loss"), entries.get("value")
-    entries["weight"] = _batch_weights(settings, critic, statistics, batch, step, seed, known, values)
+    entries["weight"] = _batch_weights(settings, critic, step, seed, statistics, batch, known, values)
     return entries
 
 
