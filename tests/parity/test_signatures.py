@@ -7,7 +7,7 @@ import inspect
 
 import pytest
 
-MODULES = ["weighting", "losses", "critic"]
+MODULES = ["weighting", "losses"]
 
 
 def public(package, module_name):
