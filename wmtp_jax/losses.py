@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from wmtp_jax import sharding
 
 Array = jax.Array
 
@@ -74,6 +77,8 @@ def token_statistics(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}: expected 1 or more tokens, or None")
+    if sharding.current_mesh() is not None:
+        return TokenStatistics(*_sharded_statistics(hidden, unembedding, targets, chunk_size))
     tokens = math.prod(tokens_shape)
     chunk, tile = _tiling(tokens, vocabulary, chunk_size)
     statistics = _token_statistics(
@@ -298,6 +303,77 @@ def _gradients(
 
     d_hidden, d_unembedding = _loop(heads, 1, head_step, (jnp.zeros(hidden.shape, dtype), jnp.zeros_like(unembedding)))
     return d_hidden.astype(hidden.dtype), d_unembedding
+
+
+# ---- under a mesh --------------------------------------------------------------------------------------------------
+
+# Every device takes its rows and positions against its part of the vocabulary. What crosses between devices: the part of the
+# unembedding along the width, five numbers a token over `tensor`, the gradient of the hidden states over `tensor`, and the
+# gradient of the unembedding, once.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _sharded_statistics(
+    hidden: Array, unembedding: Array, targets: Array, chunk_size: int | None
+) -> tuple[Array, Array, Array]:
+    return _sharded_forward(hidden, unembedding, targets, chunk_size)[0]
+
+
+def _sharded_forward(hidden, unembedding, targets, chunk_size):
+    def local(hidden: Array, part: Array, targets: Array) -> tuple[Array, ...]:
+        states, part, local_targets = _local(hidden, sharding.gather_width(part, axis=-2), targets)
+        chunk, tile = _tiling(len(states), part.shape[1], chunk_size)
+        softmax = _softmax(states, part, local_targets, chunk=chunk, tile=tile)
+        scaled = _rescale(softmax, lax.pmax(softmax.maximum, "tensor"))
+        whole = _Softmax(scaled.maximum, *lax.psum(scaled[1:], "tensor"))
+        results = (*_finish(whole), whole.maximum, whole.normalizer)
+        return tuple(values.T.reshape(targets.shape) for values in results)
+
+    states, part, entries = _specs(hidden, unembedding, targets)
+    *statistics, maximum, normalizer = sharding.on_devices(local, (states, part, entries), (entries,) * 5)(
+        hidden, unembedding, targets
+    )
+    maximum = checkpoint_name(maximum, "log_sum_exp")
+    normalizer = checkpoint_name(normalizer, "log_sum_exp")
+    return tuple(statistics), (hidden, unembedding, targets, maximum, normalizer)
+
+
+def _sharded_backward(chunk_size, residuals, cotangents):
+    def local(hidden: Array, part: Array, targets: Array, *by_entry: Array) -> tuple[Array, Array]:
+        states, whole_width, local_targets = _local(hidden, sharding.gather_width(part, axis=-2), targets)
+        chunk, tile = _tiling(len(states), whole_width.shape[1], chunk_size)
+        by_entry = (values.reshape(len(states), -1).T for values in by_entry)
+        d_states, d_part = _gradients(states, whole_width, local_targets, *by_entry, chunk=chunk, tile=tile)
+        d_part = d_part.reshape(*part.shape[:-2], -1, part.shape[-1])
+        return lax.psum(d_states.reshape(hidden.shape), "tensor"), sharding.reduce_gradient(d_part, axis=part.ndim - 2)
+
+    hidden, unembedding, targets, maximum, normalizer = residuals
+    states, part, entries = _specs(hidden, unembedding, targets)
+    d_hidden, d_unembedding = sharding.on_devices(local, (states, part, entries, entries, entries, entries), (states, part))(
+        hidden, unembedding, targets, maximum, normalizer, cotangents[0]
+    )
+    return d_hidden, d_unembedding, None
+
+
+_sharded_statistics.defvjp(_sharded_forward, _sharded_backward)
+
+
+def _local(hidden: Array, part: Array, targets: Array) -> tuple[Array, Array, Array]:
+    """The arrays of one device as `_softmax` takes them: `[tokens, D]`, `[heads · D, part of V]`, `[heads, tokens]`."""
+    vocabulary, heads = part.shape[-1], part.shape[0] if part.ndim == 3 else 1
+    states = hidden.reshape(-1, hidden.shape[-1])
+    first = lax.axis_index("tensor") * vocabulary
+    return states, part.reshape(-1, vocabulary), targets.reshape(len(states), heads).T - first
+
+
+def _specs(hidden: Array, unembedding: Array, targets: Array) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """Rows and positions of the first two, width and vocabulary of the unembedding."""
+    rows = tuple(sharding.spec(sharding.ACTIVATIONS["tokens"]))
+    states, entries = (PartitionSpec(*rows, *(None,) * (array.ndim - 2)) for array in (hidden, targets))
+    return states, sharding.spec(sharding.parameter_axes("unembedding", unembedding.ndim)), entries
+
+
+# ---- shared --------------------------------------------------------------------------------------------------------
 
 
 def _accumulation_type(hidden: Array, unembedding: Array) -> jnp.dtype:

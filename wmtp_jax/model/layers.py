@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from wmtp_jax.settings import ModelSettings, rotary_frequencies
+from wmtp_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -51,7 +52,7 @@ def attention_mask(segment_ids: Array) -> Array:
     """`[B, S] -> [B, 1, S, S]`: causal, and within one segment. Padding (0) reads padding, so that no row is empty."""
     length = segment_ids.shape[-1]
     causal = jnp.tril(jnp.ones((length, length), dtype=bool))
-    return (causal & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None]
+    return constrain((causal & (segment_ids[:, :, None] == segment_ids[:, None, :]))[:, None], "attention_mask")
 
 
 def attend(query: Array, key: Array, value: Array, mask: Array) -> Array:
@@ -149,7 +150,9 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, context: Context) -> Array:
         query, key, value = self.project(x, context.rotary)
-        return self.output(attend(query, key, value, context.mask).reshape(*x.shape[:-1], -1))
+        query, key, value = constrain(query, "query"), constrain(key, "key"), constrain(value, "key")
+        mixed = attend(query, key, value, context.mask).reshape(*x.shape[:-1], -1)
+        return self.output(constrain(mixed, "mixed"))
 
 
 class FeedForward(nnx.Module):
@@ -167,8 +170,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         if self.gated:
-            return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+            return self.down(constrain(jax.nn.silu(self.gate(x)) * self.up(x), "mlp"))
+        return self.down(constrain(jax.nn.gelu(self.up(x), approximate=True), "mlp"))
 
 
 class Layer(nnx.Module):
@@ -181,8 +184,8 @@ class Layer(nnx.Module):
         self.mlp = FeedForward(settings, rngs=rngs)
 
     def __call__(self, x: Array, context: Context) -> Array:
-        x = x + self.attention(self.attention_norm(x), context)
-        return x + self.mlp(self.mlp_norm(x))
+        x = constrain(x + self.attention(self.attention_norm(x), context), "states")
+        return constrain(x + self.mlp(self.mlp_norm(x)), "states")
 
 
 def stack(make, count: int, *, rngs: nnx.Rngs):

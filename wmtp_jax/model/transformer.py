@@ -25,6 +25,7 @@ from wmtp_jax.model.layers import (
     stack,
 )
 from wmtp_jax.settings import ModelSettings
+from wmtp_jax.sharding import constrain, lookup
 
 
 class SequentialHead(nnx.Module):
@@ -103,7 +104,7 @@ class Model(nnx.Module):
 
     def embed(self, tokens: Array) -> Array:
         """Token embeddings `[..., D]` in the compute type."""
-        return self.embedding[...][tokens].astype(self.settings.compute_dtype)
+        return lookup(self.embedding[...], tokens, self.settings.compute_dtype)
 
     def context(self, segment_ids: Array, positions: Array) -> Context:
         """What the layers of this batch share; `segment_ids`, `positions` `[B, S]`."""
@@ -116,7 +117,7 @@ class Model(nnx.Module):
         s = self.settings
         x = self.embed(tokens)
         if s.positions == "learned":
-            x = x + self.position_embedding[...][positions].astype(x.dtype)
+            x = constrain(x + self.position_embedding[...][positions].astype(x.dtype), "states")
         if self.layers is not None:
             definition, parameters = nnx.split(self.layers)
 
