@@ -88,8 +88,9 @@ def read_parameters(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, 
     Low-rank adapters have been added to the kernels that they belong to, and the metadata tells of none.
     """
     named, metadata = read_arrays(find_checkpoint(path) / FILE)
-    model = metadata["model"]
-    if not model.get("lora_rank"):
+    # Parameters may come without a model around them, and models of before there were adapters without their rank.
+    model = metadata.get("model")
+    if not model or not model.get("lora_rank"):
         return named, metadata
     without = {**metadata, "model": {**model, "lora_rank": 0, "lora_scale": 1.0}}
     return merge_adapters(named, model["lora_scale"]), without
