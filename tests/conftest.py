@@ -69,6 +69,30 @@ def python_corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def object_store(tmp_path_factory):
+    """A running S3 server of the tests; see `tests.object_store.Server`."""
+    from tests.object_store import serving
+
+    with serving(tmp_path_factory.mktemp("object_store")) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(object_store, monkeypatch, tmp_path):
+    """A path of its own on the server of the tests, which this process finds by boto3's rules, with a cache of its own."""
+    from wmtp_jax import storage
+
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for function in (storage.client, storage.fetched):
+        function.cache_clear()
+    yield f"s3://wmtp/{tmp_path.name}"
+    for function in (storage.client, storage.fetched):
+        function.cache_clear()
+
+
+@pytest.fixture(scope="session")
 def tiny(python_corpus, tmp_path_factory):
     """A function that makes a configuration which trains in seconds; all share one tokenised corpus."""
     # Imported late: the tests of the data need none of it.

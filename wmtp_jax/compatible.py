@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from wmtp_jax import storage
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import validation_batches
 from wmtp_jax.data.tokenizer import load_tokenizer
@@ -157,7 +158,7 @@ def explained_variance(path: str | Path) -> tuple[Path, float]:
         facts = json.loads((directory / "summary.json").read_bytes())
     except FileNotFoundError as error:
         raise UserError(f"{path}: its value stage did not finish (no summary.json); go on with it first") from error
-    if newest == Path(path).expanduser():
+    if newest == storage.local(path):
         return newest, facts["explained_variance"][newest.name]
     return newest.parent / str(facts["best_step"]), facts["explained_variance"][str(facts["best_step"])]
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from wmtp_jax import cli
+from wmtp_jax import cli, storage
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.tasks import STOPS
 
@@ -256,7 +256,7 @@ def _run_texts(run: Path) -> dict[str, Any] | None:
 def _output(given: str | None, checkpoint: str, run: Path | None) -> Path:
     if given:
         return Path(given).expanduser()
-    if run is not None:
+    if run is not None and not storage.is_remote(checkpoint):
         from wmtp_jax.run_directory import find_checkpoint
 
         return run / "evaluation" / find_checkpoint(checkpoint).name
@@ -286,7 +286,7 @@ def _windows(source: str, texts: dict[str, Any] | None, tokenizer: Tokenizer, se
     if settings.positions == "learned":
         length = min(length, settings.max_positions)
     if source:
-        if Path(source).expanduser().is_file():
+        if storage.is_remote(source) or Path(source).expanduser().is_file():
             source = f"jsonl:{source}" if source.endswith(".jsonl") else f"text:{source}"
         if source.partition(":")[0] not in ("python-stdlib", "jsonl", "text", "tfds"):
             raise UserError(f"--data={source}: no such file; a source is python-stdlib, jsonl:PATH, text:GLOB or tfds:NAME")

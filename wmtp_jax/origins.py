@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from wmtp_jax import storage
 from wmtp_jax.data.tokenizer import Tokenizer
 from wmtp_jax.errors import UserError
 from wmtp_jax.parameters_file import read_parameters
@@ -34,7 +35,7 @@ _MOST_PADDING = 0.1
 
 def is_published(path: str | Path) -> bool:
     """Whether a path stands for published weights, and not for a run or a checkpoint of this program."""
-    local = Path(path).expanduser()
+    local = storage.local(path)
     if not local.is_dir():
         return local.is_file() or (not local.exists() and is_remote(path))
     if (local / "params.json").exists():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from wmtp_jax import storage
 from wmtp_jax.config import flatten
 from wmtp_jax.errors import UserError
 
@@ -98,12 +99,13 @@ def adopt(checkpoint: Path, directory: Path) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the newest complete one of a run directory.
+    """The checkpoint that a path stands for: itself, or the newest complete one of a run directory. One in object storage is
+    fetched, with what belongs to its run.
 
     Raises:
       UserError: there is none.
     """
-    path = Path(path).expanduser()
+    path = storage.local(path)
     if (path / "parameters").is_dir():
         return path
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from wmtp_jax import storage
 from wmtp_jax.data import cache
 from wmtp_jax.data.corpus import Corpus, PackedSource
 from wmtp_jax.data.scan import SPLITS
@@ -153,8 +154,8 @@ def find_losses(corpus: Corpus, setting: str, model: Callable[[], str]) -> Path 
     if setting == "step":
         return None
     if setting != "auto":
-        _check(Path(setting).expanduser(), corpus, model())
-        return Path(setting).expanduser()
+        _check(storage.local(setting), corpus, model())
+        return storage.local(setting)
     kept = [path.parent for path in (corpus.directory / COLUMN).glob("[!.]*/manifest.json")]
     kept = [path for path in kept if not path.suffix]  # not what another process is making
     if not kept:

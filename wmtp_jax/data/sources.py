@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from wmtp_jax import storage
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.documents import Document, document_of, parse_line
 from wmtp_jax.data.problems import documents
@@ -61,7 +62,7 @@ def open_source(name: str, *, label_field: str = "passed", chat: Chat | None = N
 
     Args:
       name: `python-stdlib`, `jsonl:PATH`, `text:GLOB` or `tfds:NAME[/SPLIT]`; PATH may be a glob, `**` matches directories,
-        `~` is a home.
+        `~` is a home, `s3://BUCKET/...` is fetched first.
       label_field: the field of `jsonl:` objects that holds a label.
       chat: renders the `messages` of `jsonl:` objects; None: there is no chat template.
 
@@ -98,7 +99,7 @@ def _stdlib_files(root: str) -> Iterator[SourceFile]:
 
 
 def _glob_source(name: str, pattern: str, read: Callable[[SourceFile, Hash], Iterator[Document | None]]) -> Source:
-    pattern = os.path.abspath(os.path.expanduser(pattern))
+    pattern = storage.local_glob(pattern) if storage.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
     if os.path.isdir(pattern):
         raise UserError(f"config.data.sources: {name} is a directory; name its files, as in {name.rstrip('/')}/**/*")
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
+from wmtp_jax import storage
 from wmtp_jax.errors import UserError
 from wmtp_jax.pretrained import sentencepiece_tokenizer
 from wmtp_jax.pretrained.gguf_tokenizer import tokenizer_files
@@ -218,7 +219,7 @@ def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
     Raises:
       UserError: neither a directory, a file nor a hub repository within reach, or files that make no tokenizer.
     """
-    name = os.path.expanduser(name)
+    name = str(storage.local(name)) if storage.is_remote(name) else os.path.expanduser(name)
     if os.path.isfile(name):
         return Tokenizer(tokenizer_files(Path(name)), name)
     directory = Path(name if os.path.isdir(name) else _download(name))

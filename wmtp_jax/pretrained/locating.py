@@ -1,4 +1,5 @@
-"""Where published weights are: a local path, a file in an installed Python package, or a name on the Hugging Face hub."""
+"""Where published weights are: a local path, object storage, a file in an installed Python package, or a name on the Hugging Face
+hub."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+from wmtp_jax import storage
 from wmtp_jax.errors import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -31,7 +33,7 @@ def locate(path: str | Path) -> tuple[Path, str]:
     Raises:
       UserError: there is no such path, and it is not a hub name, or the hub does not give it.
     """
-    local = Path(path).expanduser()
+    local = storage.local(path)
     if local.exists():
         return local, ""
     name = str(path)
