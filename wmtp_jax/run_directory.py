@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from wmtp_jax import storage
 from wmtp_jax.config import flatten
 from wmtp_jax.errors import UserError
+from wmtp_jax.redact import redacted
 
 CHECKPOINTS = "checkpoints"
 # What may differ between a run and its continuation: how long, how often, where. All else would make it another run.
@@ -116,8 +117,8 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
-    """The tree as JSON values (tuples become lists)."""
-    return json.loads(config.to_json())
+    """The tree as JSON values (tuples become lists), without passwords: it is written to files that are passed on."""
+    return redacted(json.loads(config.to_json()))
 
 
 def check_continues(config: ConfigDict, stored: dict[str, Any], where: Path) -> None:

@@ -55,6 +55,7 @@ from wmtp_jax.origins import (
 )
 from wmtp_jax.parameters_file import check_backend, read_parameters
 from wmtp_jax.pretrained import Published, open_reward_model
+from wmtp_jax.redact import redacted
 from wmtp_jax.report.curves import draw_curves
 from wmtp_jax.run_directory import find_checkpoint, write_json
 from wmtp_jax.settings import ModelSettings
@@ -339,7 +340,7 @@ def run_experiment(
     where = backend.choose_device(device)
     if verbose:
         logging.basicConfig(level=logging.INFO)
-        print(summary.facts("configuration", list(flatten(config))))
+        print(summary.facts("configuration", redacted(list(flatten(config)))))
 
     # ---- data --------------------------------------------------------------------------------------------------------
     base = open_base(config)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wmtp_jax.redact import redact
+
 
 def table(before: dict[str, float], after: dict[str, float], *, bigram: dict[str, float] | None) -> str:
     """Cross-entropy of every head and bits per byte, before and after, beside the bigram model, as lines of text."""
@@ -42,7 +44,7 @@ def places(directory: Path, tracking_uri: str, tracked: bool) -> list[tuple[str,
         ("checkpoints", directory / "checkpoints"),
     ]
     if tracked:
-        store = tracking_uri or f"sqlite:///{directory.parent / 'mlflow.db'}"
+        store = redact(tracking_uri) or f"sqlite:///{directory.parent / 'mlflow.db'}"
         shown = store if store.startswith("http") else f"python -m mlflow ui --backend-store-uri {store}"
         rows.append(("MLflow", shown))
     rows.append(("another algorithm", "make quickstart ALGO=baseline-mtp"))

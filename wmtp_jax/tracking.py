@@ -35,6 +35,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.redact import HIDDEN, redact
 
 METRICS_FILE = "metrics.jsonl"
 JOURNAL_FILE = "tracking.jsonl"
@@ -204,7 +205,7 @@ class Tracker:
             start={
                 "key": starts[-1]["key"] if starts else uuid.uuid4().hex,
                 "time": time.time(),
-                "uri": _redact(_absolute(uri)),
+                "uri": redact(_absolute(uri)),
                 "experiment": experiment,
                 "run_name": run_name,
                 "tags": _texts(tags or {}),
@@ -301,7 +302,7 @@ def check_tracking_uri(uri: str) -> None:
     if not uri:
         return
     scheme = urlsplit(uri).scheme.split("+")[0]
-    shown = f"tracking.uri={_redact(uri)!r}"
+    shown = f"tracking.uri={redact(uri)!r}"
     if scheme in ("file", ""):
         path = urlsplit(uri).path.rstrip("/") or "runs"
         raise UserError(
@@ -311,7 +312,7 @@ def check_tracking_uri(uri: str) -> None:
     if scheme in ("s3", "gs", "abfss", "hdfs"):
         raise UserError(
             f"{shown}: object storage holds MLflow's artifacts, never its runs; use sqlite:///PATH, or the http:// address "
-            f"of a server started with `mlflow server --artifacts-destination {_redact(uri)}`"
+            f"of a server started with `mlflow server --artifacts-destination {redact(uri)}`"
         )
     if scheme not in DATABASES + SERVERS:
         raise UserError(f"{shown}: not a kind of MLflow store; use sqlite:///PATH or http://HOST:PORT")
@@ -476,12 +477,12 @@ class _Delivery:
         """The time of the last line that an earlier process sent to the same store; 0 if none did."""
         path = self._run / STATE_FILE
         saved = json.loads(path.read_text()) if path.exists() else {}
-        same = (saved.get("uri"), saved.get("key")) == (_redact(self._uri), self._start["key"])
+        same = (saved.get("uri"), saved.get("key")) == (redact(self._uri), self._start["key"])
         return saved["sent_time"] if same else 0.0
 
     def _save(self) -> None:
         state = {
-            "uri": _redact(self._uri),
+            "uri": redact(self._uri),
             "experiment_id": self._experiment_id,
             "run_id": self._run_id,
             "key": self._start["key"],
@@ -521,7 +522,7 @@ def _follow(run: Path, parent: int) -> int:
                 if failures == ANNOUNCE_AFTER:
                     announced = True
                     kept = f"the training goes on and keeps its metrics in {run / METRICS_FILE}"
-                    _say(f"can't send to MLflow at {_redact(uri)} ({_reason(error)}); {kept}")
+                    _say(f"can't send to MLflow at {redact(uri)} ({_reason(error)}); {kept}")
                 wait = min(2.0 ** (failures - 1), RETRY_SECONDS)
                 if status:
                     time.sleep(wait)
@@ -530,7 +531,7 @@ def _follow(run: Path, parent: int) -> int:
                 if status:
                     return 0
                 if announced:
-                    _say(f"MLflow at {_redact(uri)} is up to date again")
+                    _say(f"MLflow at {redact(uri)} is up to date again")
                 failures, announced, next_time = 0, False, time.monotonic() + SEND_SECONDS
 
 
@@ -543,7 +544,7 @@ def _replay(run: Path, uri: str | None) -> None:
         if not starts:
             starts = [_untracked_start(run)]
         target = starts[-1]["uri"] if uri is None else uri
-        if "***" in target:
+        if HIDDEN in target:
             raise UserError(f"{target}: the password is not kept on disk; pass the whole address with --uri")
         check_tracking_uri(target)
         delivery = _Delivery(run, _locate(target, run), replay=True)
@@ -552,7 +553,7 @@ def _replay(run: Path, uri: str | None) -> None:
             points = delivery.send()
             delivery.finish(delivery.status or "KILLED")
         except _delivery_errors() as error:
-            raise UserError(f"can't send to MLflow at {_redact(target)} ({_reason(error)}); try again later") from error
+            raise UserError(f"can't send to MLflow at {redact(target)} ({_reason(error)}); try again later") from error
     print(f"{points} points were missing in MLflow and are there now")
 
 
@@ -609,7 +610,7 @@ def _reason(error: BaseException) -> str:
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return _redact(text.strip().splitlines()[0])[:200]
+    return redact(text.strip().splitlines()[0])[:200]
 
 
 @contextmanager
@@ -671,7 +672,7 @@ def _texts(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             texts.update(_texts(value, f"{prefix}{name}."))
         else:
-            text = str(value)
+            text = redact(str(value))  # before it is cut: half a password is one, too
             if len(text) > VALUE_LENGTH:
                 text = text[: VALUE_LENGTH - 3] + "..."
             texts[_mlflow_name(f"{prefix}{name}")] = text
@@ -694,10 +695,6 @@ def _locate(uri: str, run: Path) -> str:
 
 def _sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
-def _redact(text: str) -> str:
-    return re.sub(r"//[^/@\s]+@", "//***@", text)
 
 
 def _remedy(run: Path) -> str:
