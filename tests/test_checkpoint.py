@@ -14,6 +14,7 @@ import safetensors.numpy
 from wmtp_jax import checkpoint as checkpoint_module
 from wmtp_jax.checkpoint import Checkpoints, load_model
 from wmtp_jax.errors import UserError
+from wmtp_jax.manifest import seal
 from wmtp_jax.parameters_file import FILE, read_arrays, read_metadata, read_parameters, write_arrays
 from wmtp_jax.run_directory import adopt, find_checkpoint
 from wmtp_jax.train_step import TrainState
@@ -137,6 +138,7 @@ def test_an_optimizer_state_of_the_other_backend_is_refused(tmp_path):
     folder = tmp_path / "checkpoints" / "12" / "parameters"
     folder.mkdir(parents=True)
     write_arrays(folder / FILE.name, {}, {"backend": "torch"})
+    seal(folder.parent, 12)
     with pytest.raises(UserError, match=r"checkpoints/12: holds an optimizer state of wmtp_torch"):
         Checkpoints(tmp_path / "checkpoints", keep_last=2, best_metric="")
 

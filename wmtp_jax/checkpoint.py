@@ -1,13 +1,14 @@
 """Orbax checkpoints: parameters, optimizer state, counters and what made them, one directory a step.
 
-A checkpoint counts only when Orbax has renamed it into place with its commit marker; one that was cut off is ignored. The
-parameters are an item of their own, in the file that both backends read (`parameters_file.py`).
+A checkpoint counts only when Orbax has renamed it into place and its manifest is written (`manifest.py`); one that was cut off is
+ignored. The parameters are an item of their own, in the file that both backends read (`parameters_file.py`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Awaitable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from flax import nnx, traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from wmtp_jax.errors import check_room, disk_errors
+from wmtp_jax.manifest import seal, settle
+from wmtp_jax.mirror import Mirror
 from wmtp_jax.model import ModelSettings, Parameters, abstract_parameters, nest
 from wmtp_jax.parameters_file import (
     FILE,
@@ -42,12 +45,13 @@ class Checkpoints:
       keep_last: how many of the newest to keep.
       best_metric: name of the evaluation metric whose lowest value is kept as well; "" for none. Only saves whose step
         was evaluated take part.
+      mirror: what brings complete ones to object storage; None: they stay here.
 
     Raises:
-      UserError: the directory can't be made, or its newest checkpoint is of the other backend.
+      UserError: the directory can't be made, all that is in it is damaged, or its newest checkpoint is of the other backend.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int, best_metric: str):
+    def __init__(self, directory: Path, *, keep_last: int, best_metric: str, mirror: Mirror | None = None):
         policies = ocp.training.preservation_policies
         keep: list[Any] = [policies.LatestN(keep_last)]
         if best_metric:
@@ -60,9 +64,11 @@ class Checkpoints:
             keep.append(best)
         self.directory = directory
         self.best_metric = best_metric
-        self._pending: Any = None
+        self.keep_last, self._mirror = keep_last, mirror
+        self._pending: Future | None = None
+        self._sealer = ThreadPoolExecutor(1)
         with disk_errors(directory, setting="--workdir"):
-            if any(path.name.isdigit() for path in directory.glob("*")):
+            if settle(directory) is not None:
                 check_backend(find_checkpoint(directory), BACKEND)
             self._checkpointer = ocp.training.Checkpointer(
                 directory.absolute(),
@@ -80,7 +86,8 @@ class Checkpoints:
         return min(scored, key=lambda c: c.metrics[self.best_metric]).step if scored else None
 
     def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Copies the state and writes it in the background; waits for the save before this one first.
+        """Copies the state and writes it in the background; waits for the save before this one first, and for an upload where
+        two are outstanding.
 
         Args:
           state: the whole training state.
@@ -94,15 +101,25 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return
+        if self._mirror is not None:
+            self._mirror.wait_for_room()
         parameters = _ParametersItem(state.parameters, {"backend": BACKEND, **metadata})
         check_room(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), setting="--workdir")
         with disk_errors(self.directory, setting="--workdir"):
-            self._pending = self._checkpointer.save_checkpointables_async(
+            saving = self._checkpointer.save_checkpointables_async(
                 step,
                 {"parameters": parameters, "training": state._replace(parameters=None)._asdict()},
                 force=True,
                 metrics=metrics,
             )
+        self._pending = self._sealer.submit(self._seal, saving, step, metrics)
+
+    def _seal(self, saving: Any, step: int, metrics: dict[str, float] | None) -> None:
+        saving.result()
+        where = self.directory / str(step)
+        seal(where, step, metrics=metrics, keep_last=self.keep_last, best_metric=self.best_metric)
+        if self._mirror is not None:
+            self._mirror.hand_over(where)
 
     def wait(self) -> None:
         """Until the last save is complete."""
@@ -136,6 +153,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and frees the directory."""
+        self._sealer.shutdown()
         self.wait()
         with disk_errors(self.directory, setting="--workdir"):
             self._checkpointer.close()

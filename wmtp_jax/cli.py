@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from wmtp_jax.errors import NonFiniteLoss, UserError
+from wmtp_jax.storage import is_remote, join
 
 
 class Stopped(Exception):
@@ -71,7 +72,8 @@ def define_run_flags() -> None:
     """The flags of both trainers: `--config` and how to run it."""
     define_config_flag()
     define_device_flag()
-    flags.DEFINE_string("workdir", None, "The run directory. By default runs/RUN_NAME.")
+    flags.DEFINE_string("workdir", None, "The run directory. By default runs/RUN_NAME. s3://BUCKET/PREFIX/NAME: runs/NAME, "
+        "with a copy there that is kept in the background and gone on with.")
     flags.DEFINE_string("run_name", None, "Name of the run in MLflow. By default the recipe's name and the algorithm.")
     flags.DEFINE_list("tags", [], "MLflow tags, KEY=VALUE[,KEY=VALUE...].")
     flags.DEFINE_string(
@@ -148,10 +150,15 @@ def _first_line(error: BaseException) -> str:
 def train_options() -> dict[str, Any]:
     """What `train` of either backend takes, from the flags of `define_run_flags`."""
     values, config = flags.FLAGS, config_from_flags()
+    workdir = values.workdir
+    if workdir and is_remote(workdir):
+        if config.checkpoint.remote not in ("", workdir):
+            raise UserError(f"--workdir={workdir} and config.checkpoint.remote = {config.checkpoint.remote!r}: give one of them")
+        config.checkpoint.remote, workdir = join(workdir), "runs/" + join(workdir).rpartition("/")[2]
     run_name = values.run_name or f"{recipe_name(values['config'].config_filename)}-{config.weighting.algorithm}"
     return {
         "config": config,
-        "workdir": Path(values.workdir or f"runs/{run_name}"),
+        "workdir": Path(workdir or f"runs/{run_name}"),
         "run_name": run_name,
         "tags": parse_tags(values.tags),
         "resume": values.resume,

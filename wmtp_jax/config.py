@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage import is_remote
 
 TARGETS = ("local", "mps", "gpu", "vessl")
 
@@ -206,6 +207,9 @@ def defaults() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps between saves; the last step is always saved; 0: only that
     c.checkpoint.keep_last = 2
+    # s3://BUCKET/PREFIX: a copy of the run is kept there in the background, and what is newer there is gone on with (--workdir of
+    # such a path sets this); "": none
+    c.checkpoint.remote = ""
     c.checkpoint.best_metric = "eval/bits_per_byte"  # the save with its lowest value is kept as well; "": none
 
     c.tracking = ConfigDict()
@@ -559,6 +563,8 @@ def _validate_outputs(config: ConfigDict) -> None:
         _refuse("eval.completion_temperature", evaluation.completion_temperature, "0 or more")
     if checkpoint.every < 0:
         _refuse("checkpoint.every", checkpoint.every, "0 or more")
+    if checkpoint.remote and not is_remote(checkpoint.remote):
+        _refuse("checkpoint.remote", checkpoint.remote, "'' or s3://BUCKET/PREFIX")
     if checkpoint.keep_last < 1:
         _refuse("checkpoint.keep_last", checkpoint.keep_last, "at least 1")
 

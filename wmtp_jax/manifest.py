@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from wmtp_jax.errors import UserError
+
 MANIFEST = "MANIFEST.json"
+DAMAGED = "damaged"
 FORMAT = 1
 _PIECE = 1 << 20
 
@@ -27,29 +32,27 @@ def checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
-def make_manifest(directory: Path, step: int, *, metrics: Mapping[str, float] | None, policy: Mapping[str, Any]) -> bytes:
-    """The manifest of a complete directory.
+def seal(
+    directory: Path, step: int, *, metrics: Mapping[str, float] | None = None, keep_last: int = 1, best_metric: str = ""
+) -> None:
+    """Writes the manifest of a directory that is complete, whole or not at all, through to the disk.
 
     Args:
       directory: of the checkpoint.
       step: that it is of.
       metrics: of the evaluation of this state, if there was one.
-      policy: `keep_last` and `best_metric`, by which old ones are removed from object storage too.
+      keep_last, best_metric: by which old ones are removed from object storage, too.
     """
     files = {
         name: {"size": (directory / name).stat().st_size, "crc32": checksum(directory / name)}
         for name in file_names(directory)
     }
-    content = {"format": FORMAT, "step": step, "metrics": dict(metrics or {}), "policy": dict(policy), "files": files}
-    text = json.dumps(content, indent=1)
-    return json.dumps({"crc32": f"{zlib.crc32(text.encode()):08x}", "manifest": text}).encode() + b"\n"
-
-
-def write_manifest(directory: Path, content: bytes) -> None:
-    """Puts the manifest in its place, whole or not at all, through to the disk."""
+    policy = {"keep_last": keep_last, "best_metric": best_metric}
+    content = {"format": FORMAT, "step": step, "metrics": dict(metrics or {}), "policy": policy, "files": files}
+    text = json.dumps(content)
     temporary = directory / f".{MANIFEST}.tmp"
-    with temporary.open("wb") as file:
-        file.write(content)
+    with temporary.open("w") as file:
+        json.dump({"crc32": f"{zlib.crc32(text.encode()):08x}", "manifest": text}, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(directory / MANIFEST)
@@ -99,3 +102,38 @@ def file_names(directory: Path) -> list[str]:
     """Names of the files of a checkpoint, the manifest aside."""
     paths = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     return sorted(path for path in paths if path not in (MANIFEST, f".{MANIFEST}.tmp"))
+
+
+def settle(checkpoints: Path, *, elsewhere: bool = False) -> int | None:
+    """Leaves, as the newest, a checkpoint of which every byte is as it was written; newer ones are moved to `damaged/` of the
+    run, and said so.
+
+    Args:
+      checkpoints: the folder of a run's checkpoints, which nobody else writes to.
+      elsewhere: there are others in object storage.
+
+    Returns:
+      its step; None where there is none, and none was ever complete.
+
+    Raises:
+      UserError: all that were complete are damaged.
+    """
+    steps = sorted(int(path.name) for path in checkpoints.glob("*") if path.name.isdigit())
+    wrong, newest = {}, None
+    for step in reversed(steps):
+        if not (found := problem(checkpoints / str(step))):
+            newest = step
+            break
+        wrong[step] = found
+    # Before the first checkpoint was complete, one may have been cut off.
+    first_cut_off = len(steps) == 1 and not (checkpoints / str(steps[0]) / MANIFEST).exists()
+    if wrong and newest is None and not first_cut_off and not elsewhere:
+        told = "; ".join(f"step {step}: {found}" for step, found in wrong.items())
+        raise UserError(f"{checkpoints}: no checkpoint is whole ({told}); start anew with --resume=never, or put one back")
+    for step, found in wrong.items():
+        target = checkpoints.parent / DAMAGED / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        (checkpoints / str(step)).rename(target)
+        print(f"checkpoint of step {step} is left out: {found} (moved to {target})", file=sys.stderr, flush=True)
+    return newest

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from wmtp_jax import storage
 from wmtp_jax.config import flatten
 from wmtp_jax.errors import UserError
+from wmtp_jax.manifest import MANIFEST
 from wmtp_jax.redact import redacted
 
 CHECKPOINTS = "checkpoints"
@@ -35,8 +36,9 @@ FREE_KEYS = (
     "critic.allow_unexplained",
 )
 # What a run writes, and --resume=never replaces.
-OUTPUTS = ("checkpoints", "config.json", "curves.png", "evaluation", "metrics.jsonl", "mlflow.json", "nonfinite", "reference",
-           "report", "summary.json", "tokenizer", "tokens", "tracking.jsonl", "trunk", "value")  # fmt: skip
+OUTPUTS = (".upload", "checkpoints", "config.json", "curves.png", "damaged", "evaluation", "metrics.jsonl", "mirror.json",
+           "mlflow.json", "nonfinite", "reference", "report", "summary.json", "tokenizer", "tokens", "tracking.jsonl", "trunk",
+           "value")  # fmt: skip
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / "parameters").is_dir():
         return path
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / "parameters").is_dir()]
+    steps = [int(p.name) for p in folder.glob("*") if p.name.isdigit() and (p / MANIFEST).is_file()]
     if not steps:
         raise UserError(f"{path}: no checkpoint here; give a run directory or a checkpoint (RUN/{CHECKPOINTS}/STEP)")
     return folder / str(max(steps))

@@ -27,7 +27,7 @@ from wmtp_jax.config import ALGORITHMS, flatten, uses_reference, validate
 from wmtp_jax.data.bigram import bigram_metrics
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches
-from wmtp_jax.errors import disk_errors
+from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.evaluation.metrics import evaluate, value_metrics
 from wmtp_jax.experiment import (
     adapter_settings,
@@ -42,6 +42,8 @@ from wmtp_jax.experiment import (
     weighting_settings,
 )
 from wmtp_jax.flops import flops_per_token, trunk_flops_per_token
+from wmtp_jax.manifest import problem
+from wmtp_jax.mirror import Mirror, claim, mirrored, pull
 from wmtp_jax.origins import (
     Start,
     base_settings,
@@ -59,6 +61,7 @@ from wmtp_jax.redact import redacted
 from wmtp_jax.report.curves import draw_curves
 from wmtp_jax.run_directory import find_checkpoint, write_json
 from wmtp_jax.settings import ModelSettings
+from wmtp_jax.storage import listing, remove
 from wmtp_jax.tracking import Tracker, read_metrics
 from wmtp_jax.trainable import fresh_adapters
 
@@ -80,6 +83,7 @@ class Stage:
       trunk: gives the parameters that training starts from, or that stay frozen in the value stage; None: random ones.
       value_head: parameters that the value head starts from, by dotted name; None: random ones.
       origins: hashes of what it was made from, see `loop.ORIGINS`.
+      mirror: what brings checkpoints to object storage; None: they stay here.
     """
 
     name: str
@@ -91,6 +95,7 @@ class Stage:
     trunk: Start | None = None
     value_head: Named | None = None
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
+    mirror: Mirror | None = None
 
     @property
     def model(self) -> ModelSettings:
@@ -184,6 +189,7 @@ class Stage:
             self.directory / run_directory.CHECKPOINTS,
             keep_last=c.checkpoint.keep_last,
             best_metric=c.checkpoint.best_metric,
+            mirror=self.mirror,
         )
         return loop.Training(
             stage=self.name,
@@ -371,14 +377,20 @@ def run_experiment(
         return
     origin = None if resume in ("auto", "never") else find_checkpoint(resume)
     if origin is not None:
+        if told := problem(origin):
+            raise UserError(f"--resume={resume}: {origin} is damaged: {told}; give another checkpoint")
         check_backend(origin, backend.NAME)
 
     with run_directory.locked(workdir), disk_errors(workdir, setting="--workdir"):
         if resume == "never" and run_directory.clear(workdir):
             print(f"--resume=never: replacing the run in {workdir}")
+        address = config.checkpoint.remote
+        if address:
+            _join_mirror(workdir, address, resume)
         if origin is not None:
             run_directory.adopt(origin, workdir)
-        with StopSignals() as signals:
+        with StopSignals() as signals, mirrored(workdir, address, is_stop=lambda e: isinstance(e, Stopped)) as mirror:
+            last = dataclasses.replace(last, mirror=mirror)
             tracker = _tracker(config, workdir, run_name, tags) if config.tracking.enabled else None
             with _status(tracker):
                 experiment = Experiment(last, backend, where, tracker, signals)
@@ -473,7 +485,7 @@ class Experiment:
             plain = {key: str(value) for key, value in flatten(stage.config)}
             child = self.tracker.child(stage.name, {"stage": stage.name}, plain)
         with _status(child):
-            train(stage, self.device, self.signals)
+            train(dataclasses.replace(stage, mirror=self.last.mirror), self.device, self.signals)
             _hand_over(stage, child)
 
     def reward_source(self, reference: Any) -> rewards.RewardSource:
@@ -498,6 +510,16 @@ class Experiment:
                     batch_rows=self.config.train.batch_size,
                 )
         raise ValueError(f"reward source {self.config.reward.source!r}: must be likelihood, unit_tests or reward_model")
+
+
+def _join_mirror(workdir: Path, address: str, resume: str) -> None:
+    """Before a run goes on: what is newer in object storage is fetched, or with --resume=never removed."""
+    claim(workdir, address)
+    if resume == "never":
+        there = [stored.name for stored in listing(address)]
+        remove(address, [name for name in there if name.partition("/")[0] in run_directory.OUTPUTS])
+    else:
+        pull(address, workdir)
 
 
 def load_reference(

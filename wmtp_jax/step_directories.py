@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from wmtp_jax.errors import check_room, disk_errors
+from wmtp_jax.manifest import seal, settle
+from wmtp_jax.mirror import Mirror
 from wmtp_jax.parameters_file import write_arrays
 from wmtp_jax.run_directory import write_json
 
@@ -34,12 +36,14 @@ class StepDirectories:
       keep_last: how many of the newest to keep.
       best_metric: name of the evaluation metric whose lowest value is kept as well; "" for none. Only steps that were
         evaluated take part.
+      mirror: what brings complete ones to object storage; None: they stay here.
 
     Raises:
-      UserError: the directory can't be made.
+      UserError: the directory can't be made, or all that is in it is damaged.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int, best_metric: str):
+    def __init__(self, directory: Path, *, keep_last: int, best_metric: str, mirror: Mirror | None = None):
+        self._mirror = mirror
         self.directory, self.keep_last, self.best_metric = directory, keep_last, best_metric
         self._pending: Future | None = None
         self._writer = ThreadPoolExecutor(1)
@@ -47,6 +51,7 @@ class StepDirectories:
             directory.mkdir(parents=True, exist_ok=True)
             for partial in directory.glob(f"*{_PARTIAL}"):
                 shutil.rmtree(partial)
+            settle(directory)
 
     def path(self, step: int) -> Path:
         """Where a step lies."""
@@ -63,7 +68,8 @@ class StepDirectories:
         return min(scores)[1] if scores else None
 
     def write(self, step: int, files: Files, metrics: Mapping[str, float] | None) -> None:
-        """Begins to write a step and returns; a step that is there already is left as it is.
+        """Begins to write a step and returns; a step that is there already is left as it is. Waits first for what was begun
+        before, and for an upload where two are outstanding.
 
         Args:
           step: not one that is being written.
@@ -77,6 +83,8 @@ class StepDirectories:
         if step not in self.steps():
             size = sum(array.nbytes for named, _ in files.values() for array in named.values())
             check_room(self.directory, size, setting="--workdir")
+            if self._mirror is not None:
+                self._mirror.wait_for_room()
             self._pending = self._writer.submit(self._write, step, files, metrics or {})
 
     def wait(self) -> None:
@@ -101,10 +109,13 @@ class StepDirectories:
             (partial / file).parent.mkdir(parents=True)
             write_arrays(partial / file, named, metadata)
         write_json(partial / _METRICS, dict(metrics))
+        seal(partial, step, metrics=metrics, keep_last=self.keep_last, best_metric=self.best_metric)
         partial.rename(self.path(step))
         descriptor = os.open(self.directory, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+        if self._mirror is not None:
+            self._mirror.hand_over(self.path(step))
         for old in set(self.steps()) - {*self.steps()[-self.keep_last :], self.best_step()}:
             # First under a name that does not count: half removed, it must not count either.
             shutil.rmtree(self.path(old).rename(self.directory / f"{old}{_PARTIAL}"))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from wmtp_jax.mirror import Mirror
 from wmtp_jax.parameters_file import FILE, check_backend, check_shapes, read_arrays, read_metadata, read_parameters
 from wmtp_jax.run_directory import find_checkpoint
 from wmtp_jax.settings import ModelSettings
@@ -28,8 +29,8 @@ class Checkpoints(StepDirectories):
       UserError: the directory can't be made, or its newest checkpoint is of the other backend.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int, best_metric: str):
-        super().__init__(directory, keep_last=keep_last, best_metric=best_metric)
+    def __init__(self, directory: Path, *, keep_last: int, best_metric: str, mirror: Mirror | None = None):
+        super().__init__(directory, keep_last=keep_last, best_metric=best_metric, mirror=mirror)
         if self.steps():
             check_backend(find_checkpoint(directory), BACKEND)
 
