@@ -23,6 +23,7 @@ from wmtp_jax.data.tokenizer import load_tokenizer, train_bpe
 from wmtp_jax.errors import UserError
 from wmtp_jax.export import export
 from wmtp_jax.generate import generate
+from wmtp_jax.manifest import seal
 from wmtp_jax.model import abstract_parameters, flatten, merge, nest, split
 from wmtp_jax.origins import describe_base
 from wmtp_jax.parameters_file import FILE, read_parameters, write_arrays
@@ -81,6 +82,7 @@ def run(tmp_path, tokenizer):
         file = tmp_path / name / "checkpoints" / "7" / FILE
         file.parent.mkdir(parents=True)
         write_arrays(file, named, {"backend": "jax", "model": dataclasses.asdict(settings), **metadata})
+        seal(tmp_path / name / "checkpoints" / "7", 7)
         tokenizer.save(tmp_path / name / "tokenizer")
         return tmp_path / name, named
 
@@ -583,6 +585,7 @@ def test_the_135m_llama_speaks_alike(tmp_path):
     file.parent.mkdir(parents=True)
     about = {"backend": "jax", "model": dataclasses.asdict(settings), "pretrained": describe_base(base)}
     write_arrays(file, named, about)
+    seal(tmp_path / "run" / "checkpoints" / "1", 1)
     tokenizer = load_tokenizer(base.path)
     tokenizer.save(tmp_path / "run" / "tokenizer")
     for to in ("hf", "hf-mtp"):

@@ -256,10 +256,11 @@ def _run_texts(run: Path) -> dict[str, Any] | None:
 def _output(given: str | None, checkpoint: str, run: Path | None) -> Path:
     if given:
         return Path(given).expanduser()
-    if run is not None and not storage.is_remote(checkpoint):
+    if run is not None:
         from wmtp_jax.run_directory import find_checkpoint
 
-        return run / "evaluation" / find_checkpoint(checkpoint).name
+        remote = storage.is_remote(checkpoint)  # the copy in the cache is no place for results
+        return (Path("runs") / run.name if remote else run) / "evaluation" / find_checkpoint(checkpoint).name
     return (
         Path("runs")
         / f"{Path(checkpoint).name.removeprefix('package:').removesuffix('.gguf')}-evaluation"
