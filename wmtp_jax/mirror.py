@@ -4,8 +4,8 @@ The training process links a complete checkpoint's files into `.upload/` of the 
 The child uploads what is in the queue: what else the run has written, the checkpoint's files, and its manifest last, so that a
 checkpoint without one doesn't count there either. Then it removes what keep-last and keep-best no longer hold.
 
-Why a process and not threads: importing boto3 and signing requests is Python, which threads would share with the steps
-(`experiments/storage` has the figures); and what an upload needs of memory or breaks by is not the training's.
+Why a process and not threads: importing boto3 and signing requests is Python, which threads would share with the steps; and
+what an upload needs of memory or breaks by is not the training's. No figure of the difference has been taken yet.
 
     python -m wmtp_jax.mirror push RUN s3://BUCKET/PREFIX    uploads what is not there yet
     python -m wmtp_jax.mirror pull s3://BUCKET/PREFIX RUN    fetches the newest whole checkpoints and what belongs to them
