@@ -17,6 +17,7 @@ import wmtp_torch.train as in_torch
 from tests.training import comparable, stop_after
 from wmtp_jax import loop
 from wmtp_jax.cli import Stopped
+from wmtp_jax.config import defaults
 from wmtp_jax.errors import NonFiniteLoss, UserError
 from wmtp_jax.parameters_file import read_parameters
 from wmtp_jax.run_directory import find_checkpoint
@@ -172,11 +173,20 @@ def test_devices(tiny, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"--device={name}.*{words}") as caught:
             in_torch.train(tiny(), workdir=tmp_path / "run", run_name="test", tags={}, device=name)
         assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
-    assert in_torch.choose_device(None).type in ("mps", "cuda", "cpu")
+    assert in_torch.choose_device(None, defaults()).type in ("mps", "cuda", "cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert in_torch.choose_device(None).type == "cuda"
+    assert in_torch.choose_device(None, defaults()).type == "cuda"
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    assert in_torch.choose_device(None).type == "mps"
+    assert in_torch.choose_device(None, defaults()).type == "mps"
+
+
+@pytest.mark.parametrize("axis, size", [("data", 2), ("fsdp", -1), ("tensor", 4), ("sequence", 2)])
+def test_several_devices_are_refused_by_name(axis, size, tiny, tmp_path):
+    config = tiny(mesh__data=1)
+    config.mesh[axis] = size
+    with pytest.raises(UserError, match=f"^config.mesh.{axis} = {size}: the torch backend trains on one device") as caught:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 def test_dry_run_writes_nothing(tiny, tmp_path, capsys):

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx, traverse_util
 from orbax.checkpoint import v1 as ocp
 
+from wmtp_jax import sharding
 from wmtp_jax.errors import check_room, disk_errors
 from wmtp_jax.manifest import seal, settle
 from wmtp_jax.mirror import Mirror
@@ -141,7 +142,7 @@ class Checkpoints:
         where = self.directory / str(step)
         named, _ = read_arrays(where / FILE)
         check_shapes(named, _named(like.parameters), where)
-        parameters = jax.tree.map(lambda array, leaf: jax.device_put(array, _sharding(leaf)), nest(named), like.parameters)
+        parameters = jax.tree.map(lambda array, leaf: sharding.place(array, _sharding(leaf)), nest(named), like.parameters)
         like_training = like._replace(parameters=None)._asdict()
         stored = ocp.metadata(where.absolute(), checkpointable_name="training").metadata
         check_shapes(_named(stored), _named(like_training), where)

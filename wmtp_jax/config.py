@@ -179,6 +179,14 @@ def defaults() -> ConfigDict:
     c.train.log_every = 50
     c.train.nonfinite_limit = 0  # non-finite updates that are skipped and counted before the run stops; 0: stop at the first
 
+    # How many devices each axis of the mesh has; their product is the number of devices (of all processes). -1, for one of them:
+    # those that the others leave. One device in all: nothing is split. See wmtp_jax/sharding.py.
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # rows
+    c.mesh.fsdp = 1  # rows, and parameters, gradients and optimizer state over the width
+    c.mesh.tensor = 1  # attention heads, hidden units of the feed-forward part, vocabulary
+    c.mesh.sequence = 1  # positions
+
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw | muon (matrices by Muon, embeddings, heads' unembeddings and vectors by AdamW)
     c.optimizer.learning_rate = 3e-3  # of AdamW
@@ -259,6 +267,8 @@ def recipe_defaults(target: str) -> ConfigDict:
     c.model.heads.kind = "block"
     c.model.compute_dtype = "bfloat16"
     c.model.remat = "layer"
+    if large:
+        c.mesh.data, c.mesh.fsdp = 1, -1
     c.train.batch_size = 256 if large else 64
     c.train.accumulation = 16 if large else 8
     c.train.steps = 25_000
@@ -545,6 +555,15 @@ def _validate_run(config: ConfigDict) -> None:
             _refuse(f"optimizer.{key}", optimizer[key], "0 or more")
 
 
+def _validate_mesh(c: ConfigDict) -> None:
+    for axis, size in c.items():
+        if size != -1 and size < 1:
+            _refuse(f"mesh.{axis}", size, "1 or more devices, or -1 for those that the other axes leave")
+    rest = [axis for axis, size in c.items() if size == -1]
+    if len(rest) > 1:
+        _refuse(f"mesh.{rest[1]}", -1, f"1 or more devices where config.mesh.{rest[0]} is -1: one axis gets the rest")
+
+
 def _validate_outputs(config: ConfigDict) -> None:
     evaluation, checkpoint = config.eval, config.checkpoint
     metrics = SINGLE_METRICS + tuple(f"eval/ce_head_{k}" for k in range(config.model.heads.count))
@@ -582,4 +601,5 @@ def validate(config: ConfigDict) -> None:
     _validate_pretrained(config)
     _validate_critic(config)
     _validate_run(config)
+    _validate_mesh(config.mesh)
     _validate_outputs(config)

@@ -23,14 +23,16 @@ from wmtp_jax.model import abstract_parameters
 from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.origins import is_published
 from wmtp_jax.parameters_file import FILE, read_metadata
+from wmtp_jax.placement import Placement
 from wmtp_jax.pretrained import open_pretrained
 from wmtp_jax.run_directory import find_checkpoint
 from wmtp_jax.settings import ModelSettings
+from wmtp_jax.sharding import batch_shardings
 from wmtp_jax.stages import Stage, plan_rows
 from wmtp_jax.train_step import Reference, initial_state, train_step
 
 
-def print_plan(stage: Stage, device: jax.Device) -> None:
+def print_plan(stage: Stage, device: Placement) -> None:
     """What a run would do and need; compiles the real update without making its arrays."""
     config, corpus, settings = stage.config, stage.corpus, stage.model
     steps = total_steps(config, corpus)
@@ -50,6 +52,11 @@ def print_plan(stage: Stage, device: jax.Device) -> None:
     if stage.has_losses:
         shapes["reference_loss"] = (shape, np.float32)
     batch = {name: jax.ShapeDtypeStruct(*description) for name, description in shapes.items()}
+    reference_parameters = reference.parameters if reference else None
+    if device.mesh is not None:
+        state, reference_parameters = _lying(device, state), _lying(device, reference_parameters)
+        lies = batch_shardings(device.mesh, batch)
+        batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies[name]) for name, x in batch.items()}
     update = functools.partial(
         train_step,
         definition=definition,
@@ -61,22 +68,33 @@ def print_plan(stage: Stage, device: jax.Device) -> None:
         chunk_size=config.train.loss_chunk or None,
         trainable=trainable(config),
     )
-    reference_parameters = reference.parameters if reference else None
-    compiled = jax.jit(update, donate_argnums=0).lower(state, batch, reference_parameters).compile()
-    memory = compiled.memory_analysis()
+    out = None if device.mesh is None else (device.shardings(state), device.whole)
+    with device.active():
+        lowered = jax.jit(update, donate_argnums=0, out_shardings=out).lower(state, batch, reference_parameters)
+    memory = lowered.compile().memory_analysis()
 
-    def size(tree: Any) -> int:
-        return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    def size(tree: Any) -> int:  # on one device
+        def shape(leaf: Any) -> tuple[int, ...]:
+            return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
+        return sum(math.prod(shape(leaf)) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
     rows = [
         *plan_rows(stage, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters))),
-        ("memory", f"{summary.human_bytes(size(state.parameters))} parameters, "
+        ("memory", ("" if device.mesh is None else "a device: ") +
+                   f"{summary.human_bytes(size(state.parameters))} parameters, "
                    f"{summary.human_bytes(size(state.optimizer_state))} optimizer, "
                    f"{summary.human_bytes(memory.temp_size_in_bytes)} gradients and temporaries (compiled)"
                    + (f", {summary.human_bytes(size(reference_parameters))} reference" if reference else "")),
-        ("device", f"{device.device_kind} ({device.platform})"),
+        ("device", f"{device} ({device.device.platform})"),
     ]  # fmt: skip
     print(summary.facts("plan (--dry_run: nothing is trained)", rows))
+
+
+def _lying(device: Placement, tree: Any) -> Any:
+    """Shapes with where they lie on the mesh."""
+    describe = lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies)  # noqa: E731
+    return jax.tree.map(describe, tree, device.shardings(tree))
 
 
 def _abstract_reference(config: ConfigDict, vocabulary_size: int) -> Reference:

@@ -29,6 +29,7 @@ FREE_KEYS = (
     "train.nonfinite_limit",
     "data.cache_dir",
     "data.prefetch",
+    "mesh.",
     "eval.",
     "checkpoint.",
     "tracking.",

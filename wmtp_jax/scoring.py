@@ -45,7 +45,7 @@ def score_data(
         )
     validate(config)
     config = with_published_trunk(config)
-    where, corpus = backend.choose_device(device), load_data(config)
+    where, corpus = backend.choose_device(device, config), load_data(config)
     print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
     last = Stage("train", config, workdir, corpus)
     path = config.reference.path or workdir / "reference"

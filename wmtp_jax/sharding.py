@@ -18,12 +18,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
+
+from wmtp_jax.mesh import AXES
 
 Array = jax.Array
 Logical = tuple[str | None, ...]
-
-AXES = ("data", "fsdp", "tensor", "sequence")
 
 # Logical axis -> mesh axes. An axis that is not here is whole on every device.
 RULES: dict[str, str | tuple[str, ...]] = {
@@ -255,6 +263,8 @@ def _splits(axis: str) -> bool:
 # ---- between the host and the devices ------------------------------------------------------------------------------
 
 
-def place(array: np.ndarray | Array, sharding: NamedSharding) -> Array:
+def place(array: np.ndarray | Array, sharding: Sharding) -> Array:
     """An array of the host on the devices of the mesh; every process brings the whole of it and copies only its parts."""
+    if isinstance(sharding, SingleDeviceSharding):
+        return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))

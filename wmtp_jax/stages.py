@@ -259,8 +259,12 @@ class Backend(Protocol):
     NAME: str
 
     @staticmethod
-    def choose_device(name: str | None) -> Any:
-        """The device that everything runs on; UserError where there is no such."""
+    def choose_device(name: str | None, config: ConfigDict) -> Any:
+        """The device, or the devices as `config.mesh` has them, that everything runs on; UserError where there are no such."""
+
+    @staticmethod
+    def check_stage(stage: Stage, device: Any) -> None:
+        """UserError where a model of this experiment can't be split as `config.mesh` says."""
 
     @staticmethod
     def print_plan(stage: Stage, device: Any) -> None:
@@ -343,7 +347,7 @@ def run_experiment(
     # ---- what is asked for, and where --------------------------------------------------------------------------------
     validate(config)
     config = with_published_trunk(config)
-    where = backend.choose_device(device)
+    where = backend.choose_device(device, config)
     if verbose:
         logging.basicConfig(level=logging.INFO)
         print(summary.facts("configuration", redacted(list(flatten(config)))))
@@ -355,6 +359,7 @@ def run_experiment(
         check_vocabulary(base, corpus.tokenizer, key=f"config.pretrained.path = {config.pretrained.path!r}")
     last = Stage("train", config, workdir, corpus, base=base)
     settings = last.model  # heads that the weights can't have end the run here
+    backend.check_stage(last, where)
     print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
 
     # ---- what was trained before: checked here, so that a mistake costs neither a directory nor an earlier run ---------

@@ -16,30 +16,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
 from wmtp_jax import loop
 from wmtp_jax.checkpoint import Checkpoints, load_model
 from wmtp_jax.cli import StopSignals
+from wmtp_jax.config import uses_reference
 from wmtp_jax.data.pipeline import make_batch
-from wmtp_jax.devices import choose_device, keep_compiled_programs, peak_flops
+from wmtp_jax.devices import keep_compiled_programs
 from wmtp_jax.dry_run import print_plan
 from wmtp_jax.evaluation.likelihood import batch_sums
 from wmtp_jax.experiment import (
     critic_settings,
+    model_settings,
     optimizer_settings,
     total_steps,
     trainable,
     weighting_settings,
 )
 from wmtp_jax.generate import generate
-from wmtp_jax.model import Parameters, abstract_parameters, flatten, initial_parameters, merge, nest, split
+from wmtp_jax.mesh import check_model
+from wmtp_jax.model import Parameters, abstract_parameters, flatten, initial_parameters, merge, split
 from wmtp_jax.optimizer import make_optimizer, make_schedule
 from wmtp_jax.origins import is_published
+from wmtp_jax.placement import Placement, choose_placement
 from wmtp_jax.pretrained import Published, load_pretrained
 from wmtp_jax.pretrained.placing import place
-from wmtp_jax.records import StepMetrics
+from wmtp_jax.settings import ModelSettings
 from wmtp_jax.stages import Stage, finish_model, finish_values, run_experiment
 from wmtp_jax.train_step import (
     Batch,
@@ -54,11 +59,12 @@ from wmtp_jax.train_step import (
     value_step,
     value_sums,
 )
+from wmtp_jax.trainable import ALL, Trainable
 
 # `stages.Backend`, which this module is, and the command's entry.
 __all__ = [
-    "NAME", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "train", "train_model",
-    "train_values",
+    "NAME", "check_stage", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "train",
+    "train_model", "train_values",
 ]  # fmt: skip
 
 NAME = "jax"
@@ -70,42 +76,68 @@ def train(config: ConfigDict, **options: Any) -> None:
     run_experiment(config, sys.modules[__name__], **options)
 
 
-def load_reference(path: str | Path, device: jax.Device) -> tuple[Reference, dict[str, Any]]:
+def choose_device(name: str | None, config: ConfigDict) -> Placement:
+    return choose_placement(name, config)
+
+
+def check_stage(stage: Stage, device: Placement) -> None:
+    if device.mesh is None:
+        return
+    key = "config.pretrained.path, its " if stage.base is not None else "config.model."
+    check_model(device.mesh.shape, stage.model, prefix=key)
+    if uses_reference(stage.config) and not stage.config.reference.path:
+        c = stage.config
+        own = model_settings(c.reference.model, stage.model.vocabulary_size, c.data.sequence_length)
+        check_model(device.mesh.shape, own, prefix="config.reference.model.")
+
+
+def load_reference(path: str | Path, device: Placement) -> tuple[Reference, dict[str, Any]]:
     if is_published(path):
         model = load_pretrained(path)
-        return Reference(*split(model)), {"model": dataclasses.asdict(model.settings)}
-    definition, parameters, metadata = load_model(path)
-    return Reference(definition, parameters), metadata
+        metadata = {"model": dataclasses.asdict(model.settings)}
+        definition, parameters = split(model)
+    else:
+        definition, parameters, metadata = load_model(path)
+    if device.mesh is not None:
+        check_model(device.mesh.shape, ModelSettings(**metadata["model"]), prefix=f"the reference {path}, its ")
+    return Reference(definition, device.tree(parameters)), metadata
 
 
 def next_token_loss(
-    reference: Reference, device: jax.Device, tokens: np.ndarray, segment_ids: np.ndarray
+    reference: Reference, device: Placement, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> np.ndarray:
-    batch = make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1)
-    return np.asarray(_reference_token_loss(reference.parameters, batch, definition=reference.definition))
+    batch, rows = device.padded(make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1))
+    return np.asarray(_token_loss_on(device, reference.definition)(reference.parameters, batch))[:rows]
 
 
-def load_reward_model(published: Published, device: jax.Device) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def load_reward_model(published: Published, device: Placement) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    if device.mesh is not None:
+        check_model(device.mesh.shape, published.settings, prefix=f"config.reward.model = {published.path}, its ")
     definition, parameters = split(place(published))
-    score = jax.device_put(published.read("score"))
+    parameters = device.tree(parameters)
+    score = jnp.asarray(published.read("score"))
 
-    @jax.jit
     def after_every_token(parameters: Parameters, score: jax.Array, batch: Batch) -> jax.Array:
         return (shared_states(merge(definition, parameters), batch) @ score)[..., 0]
 
+    compiled = device.jit(after_every_token, out=device.whole)
+
     def numbers(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-        batch = make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1)
-        return np.asarray(after_every_token(parameters, score, batch))
+        batch, rows = device.padded(make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1))
+        return np.asarray(compiled(parameters, score, batch))[:rows]
 
     return numbers
 
 
-@functools.partial(jax.jit, static_argnames="definition")
-def _reference_token_loss(parameters: Parameters, batch: Batch, *, definition: nnx.GraphDef) -> jax.Array:
-    return reference_token_loss(Reference(definition, parameters), batch)
+@functools.cache
+def _token_loss_on(device: Placement, definition: nnx.GraphDef) -> Callable[[Parameters, Batch], jax.Array]:
+    def loss(parameters: Parameters, batch: Batch) -> jax.Array:
+        return reference_token_loss(Reference(definition, parameters), batch)
+
+    return device.jit(loss, out=device.whole)
 
 
-def train_model(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
+def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
     """Trains a model and its heads; with a critic, its value head beside them."""
     config, settings = stage.config, stage.model
     weighting, critic = weighting_settings(config), critic_settings(config)
@@ -114,48 +146,55 @@ def train_model(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     trained = trainable(config)
     if stage.trunk is None:
-        definition, parameters = initial_parameters(settings, seed, value_head=critic is not None)
+        definition, parameters = initial_parameters(
+            settings, seed, value_head=critic is not None, shardings=device.shardings
+        )
     else:
         definition, abstract = abstract_parameters(settings, value_head=critic is not None)
-        parameters = _placed(stage, abstract)
+        parameters = _placed(stage, abstract, device)
     optimizer = make_optimizer(optimizer_settings(config), steps)
-    state = initial_state(parameters, optimizer, trained)
+    state = _first_state(device, parameters, optimizer, trained)
     del parameters
     reference = stage.reference or Reference(None, None)
 
     # ---- compiled functions ------------------------------------------------------------------------------------------
     weights = {"settings": weighting, "critic": critic, "reference_definition": reference.definition, "seed": seed}
     shared = {"definition": definition, "chunk_size": chunk_size}
-    update = jit_update(
-        optimizer=optimizer, accumulation=config.train.accumulation, trainable=trained, **weights, **shared
+    step = functools.partial(
+        train_step, optimizer=optimizer, accumulation=config.train.accumulation, trainable=trained, **weights, **shared
     )
-    inspect = jax.jit(functools.partial(inspect_tokens, **weights, **shared))
-    sums = jax.jit(functools.partial(batch_sums, **shared))
-    of_values = jax.jit(functools.partial(_value_sums, definition=definition, discount=config.critic.discount))
+    update = _jit_update(device, step, state)
+    inspect = device.jit(functools.partial(inspect_tokens, **weights, **shared), out=device.whole)
+    sums = device.jit(functools.partial(batch_sums, **shared), out=device.whole)
+    of_values = device.jit(
+        functools.partial(_value_sums, definition=definition, discount=config.critic.discount), out=device.whole
+    )
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
     token_bytes, token_batch = jnp.asarray(stage.corpus.tokenizer.token_bytes), stage.token_batch
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
-        values = (lambda batch: of_values(state.parameters, batch)) if critic is not None else None
-        return stage.evaluate(lambda batch: sums(state.parameters, batch, token_bytes), values)
+        values = (lambda batch: of_values(state.parameters, device.batch(batch))) if critic is not None else None
+        return stage.evaluate(lambda batch: sums(state.parameters, device.batch(batch), token_bytes), values)
 
     def inspect_state(state: TrainState) -> dict[str, Any]:
-        return {**token_batch, **inspect(state.parameters, token_batch, reference.parameters, state.step)}
+        batch, rows = device.padded(token_batch)
+        found = inspect(state.parameters, batch, reference.parameters, state.step)
+        return {**token_batch, **{name: values[:rows] for name, values in found.items()}}
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     training = stage.training(
         NAME,
-        device=device.device_kind,
+        device=str(device),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)),
         rate=make_schedule(optimizer_settings(config), steps),
         checkpoints=Checkpoints,
         state=state,
-        update=lambda state, batch: update(state, batch, reference.parameters),
+        update=lambda state, batch: update(state, device.batch(batch), reference.parameters),
         explain=_explain,
         evaluate=evaluate_state,
         inspect=inspect_state if token_batch is not None else None,
-        peak_flops=peak_flops(device),
+        peak_flops=device.peak_flops,
     )
     del state
     state, best = loop.run(training, config, stage.directory, stage.corpus, signals)
@@ -170,42 +209,47 @@ def train_model(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
     finish_model(stage, step=int(state.step), skipped=int(state.skipped), best=best, samples=samples)
 
 
-def train_values(stage: Stage, device: jax.Device, signals: StopSignals) -> None:
+def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
     """Trains a value head on a frozen model: stage 1 of the critic."""
     config, settings, critic = stage.config, stage.model, critic_settings(stage.config)
     steps = total_steps(config, stage.corpus)
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
-    definition, parameters = initial_parameters(settings, config.train.seed, value_head=True)
+    definition, parameters = initial_parameters(
+        settings, config.train.seed, value_head=True, shardings=device.shardings
+    )
     parameters = {"value_head": parameters["value_head"]}
-    trunk = _placed(stage, abstract_parameters(settings)[1])
+    trunk = _placed(stage, abstract_parameters(settings)[1], device)
     optimizer = make_optimizer(optimizer_settings(config), steps)
 
     # ---- compiled functions ------------------------------------------------------------------------------------------
     step = functools.partial(
         value_step, definition=definition, optimizer=optimizer, critic=critic, accumulation=config.train.accumulation
     )
-    update = jax.jit(step, donate_argnums=0)
-    sums = jax.jit(functools.partial(_value_sums, definition=definition, discount=critic.discount))
+    state = _first_state(device, parameters, optimizer)
+    update = _jit_update(device, step, state)
+    sums = device.jit(
+        functools.partial(_value_sums, definition=definition, discount=critic.discount), out=device.whole
+    )
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
-        return stage.evaluate(None, lambda batch: sums({**trunk, **state.parameters}, batch))
+        return stage.evaluate(None, lambda batch: sums({**trunk, **state.parameters}, device.batch(batch)))
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     training = stage.training(
         NAME,
-        device=device.device_kind,
+        device=str(device),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(parameters)),
         rate=make_schedule(optimizer_settings(config), steps),
         checkpoints=Checkpoints,
-        state=initial_state(parameters, optimizer),
-        update=lambda state, batch: update(state, batch, trunk),
+        state=state,
+        update=lambda state, batch: update(state, device.batch(batch), trunk),
         explain=_explain,
         evaluate=evaluate_state,
         inspect=None,
-        peak_flops=peak_flops(device),
+        peak_flops=device.peak_flops,
     )
-    del parameters
+    del parameters, state
     state, best = loop.run(training, config, stage.directory, stage.corpus, signals)
     finish_values(stage, step=int(state.step), skipped=int(state.skipped), best=best)
 
@@ -213,16 +257,27 @@ def train_values(stage: Stage, device: jax.Device, signals: StopSignals) -> None
 # ---- pieces of the above ---------------------------------------------------------------------------------------------
 
 
-def jit_update(**settings: Any) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """`train_step` with its settings, compiled: (state, batch, reference parameters) -> (state, metrics); it takes over the
-    state's memory."""
-    return jax.jit(functools.partial(train_step, **settings), donate_argnums=0)
+def _jit_update(device: Placement, step: Callable, state: TrainState) -> Callable[..., tuple[TrainState, Any]]:
+    """An update compiled: (state, batch, other parameters) -> (state, metrics); it takes over the state's memory, and every
+    part of the state stays where it lies."""
+    out = None if device.mesh is None else (device.shardings(state), device.whole)
+    return device.jit(step, out=out, donate=0)
 
 
-def _placed(stage: Stage, abstract: Parameters) -> Parameters:
+def _first_state(
+    device: Placement, parameters: Parameters, optimizer: optax.GradientTransformation, trained: Trainable = ALL
+) -> TrainState:
+    """`initial_state` with the optimizer's part where the parameters lie."""
+    make = functools.partial(initial_state, optimizer=optimizer, trainable=trained)
+    if device.mesh is None:
+        return make(parameters)
+    lies = device.shardings(jax.eval_shape(make, parameters))
+    return device.jit(make, out=lies, donate=0)(parameters)
+
+
+def _placed(stage: Stage, abstract: Parameters, device: Placement) -> Parameters:
     """The parameters that a stage starts from on the device, one after the other."""
-    shapes = {name: leaf.shape for name, leaf in flatten(abstract).items()}
-    return nest({name: jax.device_put(array) for name, array in stage.initial(shapes)})
+    return device.parameters(stage.initial({name: leaf.shape for name, leaf in flatten(abstract).items()}))
 
 
 def _value_sums(parameters: Parameters, batch: Batch, *, definition: nnx.GraphDef, discount: float) -> tuple:

@@ -48,8 +48,8 @@ from wmtp_torch.train_step import (
 
 # `stages.Backend`, which this module is, and the command's entry.
 __all__ = [
-    "NAME", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "train", "train_model",
-    "train_values",
+    "NAME", "check_stage", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "train",
+    "train_model", "train_values",
 ]  # fmt: skip
 
 NAME = "torch"
@@ -60,12 +60,18 @@ def train(config: ConfigDict, **options: Any) -> None:
     run_experiment(config, sys.modules[__name__], **options)
 
 
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | None, config: ConfigDict) -> torch.device:
     """The device of that name (mps, cuda, cpu), or the first of these that is there.
 
     Raises:
-      UserError: there is no such device here.
+      UserError: there is no such device here, or the configuration asks for several.
     """
+    for axis, size in config.mesh.items():
+        # All that is there is one device; but to ask for parameters in parts is to ask for what fits no single one.
+        if size > 1 or (size == -1 and axis != "data"):
+            raise UserError(
+                f"config.mesh.{axis} = {size}: the torch backend trains on one device; set it to 1, or train with wmtp_jax.main"
+            )
     present = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     if name is None:
         return torch.device(next(kind for kind, there in present.items() if there))
@@ -74,6 +80,10 @@ def choose_device(name: str | None) -> torch.device:
     if not present[name]:
         raise UserError(f"--device={name}: not available here; leave the flag away for the best there is")
     return torch.device(name)
+
+
+def check_stage(stage: Stage, device: torch.device) -> None:
+    """Every model fits: none is split."""
 
 
 def print_plan(stage: Stage, device: torch.device) -> None:

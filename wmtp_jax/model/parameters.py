@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,11 +28,20 @@ def split(model: Model) -> tuple[nnx.GraphDef, Parameters]:
 
 
 def initial_parameters(
-    settings: ModelSettings, seed: int, *, value_head: bool = False
+    settings: ModelSettings,
+    seed: int,
+    *,
+    value_head: bool = False,
+    shardings: Callable[[Parameters], Any] = lambda parameters: None,
 ) -> tuple[nnx.GraphDef, Parameters]:
-    """A model's structure and random parameters, a function of the seed alone."""
-    definition, _ = abstract_parameters(settings, value_head=value_head)
-    make = jax.jit(lambda key: split(Model(settings, rngs=nnx.Rngs(key), value_head=value_head))[1])
+    """A model's structure and random parameters, a function of the seed alone.
+
+    `shardings` says of their shapes where they are to lie, so that no device ever holds all; None: on one device.
+    """
+    definition, abstract = abstract_parameters(settings, value_head=value_head)
+    make = jax.jit(
+        lambda key: split(Model(settings, rngs=nnx.Rngs(key), value_head=value_head))[1], out_shardings=shardings(abstract)
+    )
     return definition, make(jax.random.key(seed))
 
 

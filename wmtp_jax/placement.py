@@ -1,0 +1,125 @@
+"""Where a training's arrays lie: on one device, or split over a mesh of them; how they get there, and functions compiled for it.
+
+On one device nothing here leaves a trace in what is compiled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from wmtp_jax import devices, sharding
+from wmtp_jax.mesh import check_rows, described, mesh_sizes
+from wmtp_jax.model import Parameters, flatten, nest
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where everything of a training lies.
+
+    Attributes:
+      device: the first one; the others are of its kind.
+      mesh: over which of its axes arrays are split; None: one device has everything.
+    """
+
+    device: jax.Device
+    mesh: Mesh | None = None
+
+    def __str__(self) -> str:
+        if self.mesh is None:
+            return self.device.device_kind
+        return f"{self.mesh.size} x {self.device.device_kind} ({described(self.mesh.shape)})"
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Operations a second of all devices together; simulated CPU devices share the cores of one."""
+        of_one = devices.peak_flops(self.device)
+        return of_one and of_one * (1 if self.mesh is None or self.device.platform == "cpu" else self.mesh.size)
+
+    @property
+    def whole(self) -> NamedSharding | None:
+        """Of what every device has whole."""
+        return None if self.mesh is None else sharding.replicated(self.mesh)
+
+    def shardings(self, tree: Any) -> Any:
+        """Of every leaf of parameters or of a state, arrays or shapes; None on one device."""
+        return None if self.mesh is None else sharding.tree_shardings(self.mesh, tree)
+
+    def active(self) -> contextlib.AbstractContextManager:
+        """While it is open, what is traced is traced for this placement."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def jit(self, function: Callable, *, out: Any = None, donate: int | None = None) -> Callable:
+        """`function` compiled.
+
+        Args:
+          out: shardings of its results, a tree or the beginning of one; None leaves them to the compiler.
+          donate: the argument whose memory it takes over.
+        """
+        compiled = jax.jit(function, out_shardings=out, donate_argnums=() if donate is None else donate)
+        if self.mesh is None:
+            return compiled
+
+        def called(*arguments: Any) -> Any:
+            with jax.set_mesh(self.mesh):
+                return compiled(*arguments)
+
+        return called
+
+    def batch(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        """A batch of the host: rows and positions split. On one device the compiled function moves it."""
+        if self.mesh is None:
+            return batch
+        lies = sharding.batch_shardings(self.mesh, batch)
+        return {name: sharding.place(column, lies[name]) for name, column in batch.items()}
+
+    def padded(self, batch: Mapping[str, np.ndarray]) -> tuple[Mapping[str, Any], int]:
+        """`batch` with rows of padding (zeros) up to a number that the mesh shares out, and how many are real."""
+        rows = len(batch["tokens"])
+        missing = -rows % sharding.batch_shards(self.mesh)
+        if missing:
+            batch = {name: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
+        return self.batch(batch), rows
+
+    def parameters(self, named: Iterable[tuple[str, np.ndarray]]) -> Parameters:
+        """Parameters of the host by dotted name, each moved before the next is asked for."""
+        return nest({name: self._parameter(name, array) for name, array in named})
+
+    def tree(self, parameters: Parameters) -> Parameters:
+        """The same of a tree of arrays that are on the host or on one device."""
+        if self.mesh is None:
+            return parameters
+        return self.parameters((name, np.asarray(leaf)) for name, leaf in flatten(parameters).items())
+
+    def _parameter(self, name: str, array: np.ndarray) -> jax.Array:
+        if self.mesh is None:
+            return jax.device_put(array)
+        axes = sharding.parameter_axes(name, array.ndim)
+        return sharding.place(array, NamedSharding(self.mesh, sharding.spec(axes)))
+
+
+def choose_placement(name: str | None, config: ConfigDict | None) -> Placement:
+    """The device or the devices that everything runs on.
+
+    Args:
+      name: of the platform (cpu, cuda, tpu); None: the best there is.
+      config: says the mesh; None: one device.
+
+    Raises:
+      UserError: there is no such device here, or the mesh does not fit the devices or the batches.
+    """
+    device = devices.choose_device(name)
+    if config is None:
+        return Placement(device)
+    there = jax.devices()
+    sizes = mesh_sizes(config.mesh, len(there))
+    check_rows(sizes, config)
+    count = int(np.prod(list(sizes.values())))
+    return Placement(device, sharding.make_mesh(sizes, there[:count]) if count > 1 else None)
