@@ -19,6 +19,7 @@ from tests.published_llama import gguf_file
 from tests.test_data_gguf_tokenizer import write_sentencepiece
 from tests.test_pretrained import MODELS, S, parameters_of, randomised, reference_logits
 from wmtp_jax import export as exporting
+from wmtp_jax import storage
 from wmtp_jax.data.tokenizer import load_tokenizer, train_bpe
 from wmtp_jax.errors import UserError
 from wmtp_jax.export import export
@@ -610,13 +611,41 @@ def test_wrong_arguments_are_refused(run, tmp_path):
     refused("no checkpoint", checkpoint=tmp_path, to="hf", output=tmp_path / "out")
     with pytest.raises(UserError, match="is there already"):
         export(directory, to="hf", output=directory)
-    with pytest.raises(UserError, match="s3://bucket/out"):
-        export(directory, to="hf", output="s3://bucket/out")
+    with pytest.raises(UserError, match="gs://bucket/out: must be a directory, or s3://"):
+        export(directory, to="hf", output="gs://bucket/out")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--output"):
         export(directory, to="hf", output=tmp_path / "file" / "out")
     (directory / "tokenizer").rename(directory / "elsewhere")
     refused("tokenizer", checkpoint=directory, to="hf", output=tmp_path / "out")
+
+
+def test_an_export_into_object_storage_is_the_one_on_disk(run, s3, tmp_path, monkeypatch):
+    directory, _ = run(LLAMA)
+    here = export(directory, to="hf", output=tmp_path / "out")
+    assert export(directory, to="hf", output=f"{s3}/models/mine/") == f"{s3}/models/mine"
+    fetched = storage.local(f"{s3}/models/mine")
+    names = sorted(path.relative_to(here) for path in here.rglob("*") if path.is_file())
+    assert sorted(path.relative_to(fetched) for path in fetched.rglob("*") if path.is_file()) == names
+    for name in names:
+        assert (fetched / name).read_bytes() == (here / name).read_bytes(), name
+    assert not list((tmp_path / "cache").rglob("exports/*"))
+    with pytest.raises(UserError, match="models/mine: is there already"):
+        export(directory, to="hf", output=f"{s3}/models/mine")
+    # What makes it an export comes last; where it can't be brought there, nothing is left.
+    upload, seen = storage.upload, []
+
+    def fail_at_last(path, files, **options):
+        seen.append(set(files))
+        if "config.json" in files:
+            raise UserError("the network is gone")
+        upload(path, files, **options)
+
+    monkeypatch.setattr(storage, "upload", fail_at_last)
+    with pytest.raises(UserError, match="the network is gone"):
+        export(directory, to="hf", output=f"{s3}/models/other")
+    assert len(seen) == 2 and seen[1] == {"config.json"}
+    assert storage.listing(f"{s3}/models/other") == []
 
 
 def test_the_command(run, tmp_path):

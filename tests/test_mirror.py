@@ -113,6 +113,8 @@ def test_a_run_is_copied_and_comes_back(s3, tmp_path):
     run.mkdir()
     (run / "metrics.jsonl").write_text("{}\n")
     (run / "report").mkdir()
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "tokenizer.json").write_text("{}")
     with mirrored(run, s3, is_stop=lambda _: False) as copy:
         write(run / "reference" / "checkpoints", {5: 1.0}, copy=copy)
         write(run / "checkpoints", {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.5}, copy=copy)
@@ -126,6 +128,10 @@ def test_a_run_is_copied_and_comes_back(s3, tmp_path):
         assert content(fresh / step) == content(run / step)
     assert (fresh / "report" / "index.html").read_text() == "done" and (fresh / "metrics.jsonl").exists()
     assert not (fresh / "checkpoints" / "30").exists()
+    # A single checkpoint comes with what belongs to its run, and without the others.
+    single = storage.local(f"{s3}/checkpoints/30")
+    assert content(single) and (single.parent.parent / "tokenizer" / "tokenizer.json").exists()
+    assert [path.name for path in single.parent.iterdir()] == ["30"]
     # What is here and newer is left alone.
     write(fresh / "checkpoints", {50: 2.0}, keep_last=3)
     (fresh / "metrics.jsonl").write_text("newer\n")

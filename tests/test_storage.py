@@ -131,6 +131,7 @@ def test_a_corpus_of_object_storage_is_the_local_one(s3, object_store, tmp_path,
 ])  # fmt: skip
 def test_what_the_user_can_put_right_is_one_line(change, path, words, s3, monkeypatch):
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(storage, "READ_ATTEMPTS", 1)
     for name, value in change.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words) as raised:

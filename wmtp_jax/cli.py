@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from wmtp_jax.errors import NonFiniteLoss, UserError
-from wmtp_jax.storage import is_remote, join
+from wmtp_jax.storage import is_remote, join, shown
 
 
 class Stopped(Exception):
@@ -133,7 +133,7 @@ def run(main: Callable[[], None], *, description: str, required: tuple[str, ...]
 
 
 def _fail(error: Exception, code: int) -> None:
-    print(f"error: {_first_line(error)}", file=sys.stderr)
+    print(f"error: {shown(_first_line(error))}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -160,7 +160,10 @@ def explained_variance(path: str | Path) -> tuple[Path, float]:
         raise UserError(f"{path}: its value stage did not finish (no summary.json); go on with it first") from error
     if newest == storage.local(path):
         return newest, facts["explained_variance"][newest.name]
-    return newest.parent / str(facts["best_step"]), facts["explained_variance"][str(facts["best_step"])]
+    best = str(facts["best_step"])
+    # Of a run in object storage, the newest checkpoint alone is fetched.
+    where = storage.local(storage.join(path, "checkpoints", best)) if storage.is_remote(path) else newest.parent / best
+    return where, facts["explained_variance"][best]
 
 
 def _check_settings(key: str, have: dict[str, Any], want: dict[str, Any]) -> None:

@@ -75,6 +75,10 @@ def main() -> None:
     _check_heads(whole, tasks, values.speculative)
     with locked(output, flag="--output"):
         _evaluate(whole, tokenizer, run, texts, coding, output, tasks=tasks, ks=ks, sources=sources)
+        if values.output and storage.is_remote(values.output):
+            results = [path for path in output.rglob("*") if path.is_file() and not path.name.startswith(".")]
+            storage.upload(values.output, {path.relative_to(output).as_posix(): path for path in results})
+            print(f"copied to {values.output}")
 
 
 def _evaluate(
@@ -254,6 +258,8 @@ def _run_texts(run: Path) -> dict[str, Any] | None:
 
 
 def _output(given: str | None, checkpoint: str, run: Path | None) -> Path:
+    if given and storage.is_remote(given):  # worked on here, so that it can be gone on with, and copied there when it is done
+        return Path("runs") / storage.join(given).removeprefix("s3://")
     if given:
         return Path(given).expanduser()
     if run is not None:
@@ -367,6 +373,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("prompt_tokens", ["16", "128"], "speed: lengths of prompts.")
     flags.DEFINE_integer("new_tokens", 64, "speed: tokens decoded after each prompt.")
     flags.DEFINE_integer("repeats", 3, "speed: timed calls of each kind; medians are written.")
-    flags.DEFINE_string("output", None, "Where results go. By default RUN/evaluation/STEP, or runs/NAME-evaluation.")
+    flags.DEFINE_string("output", None, "Where results go. By default RUN/evaluation/STEP, or runs/NAME-evaluation. "
+        "s3://BUCKET/PREFIX: runs/BUCKET/PREFIX, copied there when they are complete.")
     cli.define_device_flag()
     cli.run(main, description=__doc__, required=("checkpoint", "tasks"))

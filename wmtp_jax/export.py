@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from wmtp_jax import cli
+from wmtp_jax import cli, storage
 from wmtp_jax.data.build import stop_cleanly
+from wmtp_jax.data.cache import cache_directory
 from wmtp_jax.data.tokenizer import Tokenizer, load_tokenizer
 from wmtp_jax.errors import UserError, check_room, disk_errors
 from wmtp_jax.origins import describe_base, is_published, tokenizer_of
@@ -59,13 +60,13 @@ _SAMPLE_ROWS, _SAMPLE_LENGTH = 2, 24
 
 def export(
     checkpoint: str | Path, *, to: str, output: str | Path, say: Callable[[str], None] = lambda line: None
-) -> Path:
+) -> Path | str:
     """Writes a model in a published format, verifies what was written, and only then gives it its name.
 
     Args:
       checkpoint: a run directory, a checkpoint of either backend, or published weights.
       to: one of `FORMATS`.
-      output: the directory to make; it may be there if it is empty.
+      output: the directory to make; it may be there if it is empty; or `s3://BUCKET/PREFIX`, with nothing below it.
       say: takes lines about what happens.
 
     Returns:
@@ -75,13 +76,20 @@ def export(
       UserError: whatever the user can put right, and an export that does not give the model's logits; nothing is left behind.
     """
     begun = time.monotonic()
-    if "://" in str(output):
-        raise UserError(f"--output={output}: an export is written to a directory of this machine; copy it from there")
-    output = Path(output).expanduser().absolute()
+    remote = storage.join(output) if storage.is_remote(output) else ""
+    if "://" in str(output) and not remote:
+        raise UserError(f"--output={output}: must be a directory, or s3://BUCKET/PREFIX")
     if to not in FORMATS:
         raise UserError(f"--to={to}: must be {' | '.join(FORMATS)}")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(f"--output={output}: is there already; remove it, or name another directory")
+    if remote:
+        # Made and checked in the cache, then brought there.
+        output, setting = cache_directory() / "exports" / remote.rpartition("/")[2], "XDG_CACHE_HOME"
+        is_there = bool(storage.patiently(lambda: storage.listing(remote)))
+    else:
+        output, setting = Path(output).expanduser().absolute(), "--output"
+        is_there = output.exists() and not (output.is_dir() and not any(output.iterdir()))
+    if is_there:
+        raise UserError(f"--output={remote or output}: is there already; remove it, or name another directory")
     _check_verifiers()
     # Imported late: what can be refused without jax is refused at once.
     from wmtp_jax import export_checks
@@ -94,9 +102,9 @@ def export(
     say(f"{whole.path}: {family}, {heads}, {count:,} parameters")
     if tokenizer is None:
         say(f"{whole.path}: no tokenizer comes with these weights, so none is written")
-    with disk_errors(output.parent, setting="--output"):
+    with disk_errors(output.parent, setting=setting):
         output.parent.mkdir(parents=True, exist_ok=True)
-        check_room(output.parent, 4 * count, setting="--output")
+        check_room(output.parent, 4 * count, setting=setting)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
         try:
             partial.chmod(0o777 & ~_umask())
@@ -105,13 +113,16 @@ def export(
             said = export_checks.check_tensors(partial, files)
             said += export_checks.check(partial, to, tokens, own_logits(whole, tokens), tokenizer)
             _sync(partial)
-            os.rename(partial, output)
+            if remote:
+                _upload(partial, remote)
+            else:
+                os.rename(partial, output)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     for line in said:
         say(line)
-    say(f"done in {time.monotonic() - begun:.1f} s: {output}")
-    return output
+    say(f"done in {time.monotonic() - begun:.1f} s: {remote or output}")
+    return remote or output
 
 
 # ---- what is exported ----------------------------------------------------------------------------------------------
@@ -295,6 +306,18 @@ def _umask() -> int:
     return mask
 
 
+def _upload(directory: Path, address: str) -> None:
+    """Brings an export to object storage: last the files that make it one, and on a failure nothing."""
+    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    last = {name: path for name, path in files.items() if name in ("config.json", "params.json")}
+    try:
+        storage.upload(address, {name: path for name, path in files.items() if name not in last})
+        storage.upload(address, last)
+    except BaseException:
+        storage.remove(address, files)
+        raise
+
+
 def _sync(directory: Path) -> None:
     """Through to the disk, so that a name never stands for files that are not there."""
     for path in [*directory.rglob("*"), directory]:
@@ -323,5 +346,7 @@ if __name__ == "__main__":
         "published weights (a transformers directory, a hub name, a GGUF file, Meta's release) to bring into another format.",
     )
     flags.DEFINE_string("to", None, f"The format: {' | '.join(FORMATS)}, see above.")
-    flags.DEFINE_string("output", None, "The directory to write; it must not be there yet, or be empty.")
+    flags.DEFINE_string(
+        "output", None, "The directory to write, or s3://BUCKET/PREFIX; it must not be there yet, or be empty."
+    )
     cli.run(_main, description=__doc__, required=("checkpoint", "to", "output"))

@@ -51,10 +51,11 @@ class Mirror:
     Args:
       run: the run's directory, which this process holds.
       address: `s3://bucket/prefix`, of this run alone.
+      is_asked_to_stop: whether somebody waits for this process to end.
     """
 
-    def __init__(self, run: Path, address: str):
-        self._run, self.address = run.absolute(), address
+    def __init__(self, run: Path, address: str, *, is_asked_to_stop: Callable[[], bool] = lambda: False):
+        self._run, self.address, self._is_asked_to_stop = run.absolute(), address, is_asked_to_stop
         self._queue = self._run / QUEUE
         self._queue.mkdir(exist_ok=True)
         (self._queue / _FINISH).unlink(missing_ok=True)
@@ -79,8 +80,8 @@ class Mirror:
         partial.rename(self._queue / name)
 
     def wait_for_room(self) -> None:
-        """Until fewer than `OUTSTANDING` uploads are outstanding; each is given up after a bounded time."""
-        while self._process.poll() is None and len(_queued(self._queue)) >= OUTSTANDING:
+        """Until fewer than `OUTSTANDING` uploads are outstanding, or this process is asked to stop."""
+        while self._process.poll() is None and len(_queued(self._queue)) >= OUTSTANDING and not self._is_asked_to_stop():
             time.sleep(POLL_SECONDS)
 
     def finish(self, timeout: float) -> str:
@@ -107,13 +108,20 @@ class Mirror:
 
 
 @contextmanager
-def mirrored(run: Path, address: str, *, is_stop: Callable[[BaseException], bool]) -> Iterator[Mirror | None]:
+def mirrored(
+    run: Path,
+    address: str,
+    *,
+    is_stop: Callable[[BaseException], bool],
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Mirror | None]:
     """Keeps a run's copy while the block runs, and completes it at the end.
 
     Args:
       run: the run's directory, which this process holds; what is newer at the address was fetched (`pull`).
       address: `s3://bucket/prefix`, or "" for no copy.
       is_stop: whether an exception is a signal that asked to stop, whose sender waits for no more than 30 s.
+      is_asked_to_stop: whether there was one already; a save then waits for no upload.
 
     Raises:
       UserError: the block succeeded, and what it made could not be uploaded.
@@ -121,7 +129,7 @@ def mirrored(run: Path, address: str, *, is_stop: Callable[[BaseException], bool
     if not address:
         yield None
         return
-    mirror = Mirror(run, address)
+    mirror = Mirror(run, address, is_asked_to_stop=is_asked_to_stop)
     left = f"all of it is in {run}; when {address} can be written to: python -m wmtp_jax.mirror push {run} {address}"
     try:
         yield mirror
@@ -159,8 +167,12 @@ def pull(address: str, run: Path) -> None:
     the best one, and the other files of the run. A damaged one is left for the one before, and said so.
 
     Raises:
-      UserError: it can't be read, or none that was complete is whole.
+      UserError: it can't be read, tried `patiently`, or none that was complete is whole.
     """
+    storage.patiently(lambda: _pull(address, run))
+
+
+def _pull(address: str, run: Path) -> None:
     found = storage.listing(address)
     stages: dict[str, list[int]] = {}
     for stored in found:
@@ -317,20 +329,25 @@ def follow(run: Path, address: str, parent: int) -> int:
                 if not orphaned():
                     shutil.rmtree(work[0])
             elif finish:
-                undelivered = _tried(copier.files, orphaned) or undelivered
+                # What could not be delivered when its time came, and is still kept here.
+                undelivered = _tried(lambda: push(run, address, copier), orphaned)
                 return EXIT_UNDELIVERED if undelivered else 0
             else:
                 time.sleep(POLL_SECONDS)
     return EXIT_UNDELIVERED
 
 
-def push(run: Path, address: str) -> None:
+def push(run: Path, address: str, copier: _Copier | None = None) -> None:
     """Uploads the whole checkpoints of a run and its stages that are not there, and its other files.
+
+    Args:
+      run: a directory that nobody writes to.
+      copier: one that has uploaded some of them.
 
     Raises:
       UserError: it can't be done.
     """
-    copier = _Copier(run, address, stopped=lambda: False)
+    copier = copier or _Copier(run, address, stopped=lambda: False)
     for checkpoints in sorted(run.rglob("checkpoints")):
         if DAMAGED in checkpoints.parts:
             continue
@@ -339,9 +356,11 @@ def push(run: Path, address: str) -> None:
         steps = sorted(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
         there = {stored.name for stored in storage.listing(storage.join(address, *filter(None, (stage, "checkpoints"))))}
         for step in steps:
+            if f"{step}/{MANIFEST}" in there:
+                continue
             if told := problem(checkpoints / str(step)):
                 _say(f"{checkpoints / str(step)} is left out: {told}")
-            elif f"{step}/{MANIFEST}" not in there:
+            else:
                 copier.checkpoint(checkpoints / str(step), stage, step)
     copier.files()
 

@@ -394,7 +394,12 @@ def run_experiment(
             _join_mirror(workdir, address, resume)
         if origin is not None:
             run_directory.adopt(origin, workdir)
-        with StopSignals() as signals, mirrored(workdir, address, is_stop=lambda e: isinstance(e, Stopped)) as mirror:
+        with StopSignals() as signals, mirrored(
+            workdir,
+            address,
+            is_stop=lambda error: isinstance(error, Stopped),
+            is_asked_to_stop=lambda: signals.received is not None,
+        ) as mirror:
             last = dataclasses.replace(last, mirror=mirror)
             tracker = _tracker(config, workdir, run_name, tags) if config.tracking.enabled else None
             with _status(tracker):

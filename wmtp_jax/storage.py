@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from wmtp_jax.data.cache import cache_directory, make_once
 from wmtp_jax.errors import UserError, disk_errors
@@ -24,8 +25,19 @@ _REMOTE = re.compile(r"s3:/+")
 _MIB = 1 << 20
 PART = 8 * _MIB  # bytes of one request; memory is at most CONNECTIONS of them
 CONNECTIONS = 8
+# How long reading goes on with a server that is away or answers nonsense: this often, on top of boto3's own attempts, after waits
+# (seconds) that double; a minute in all, as long as a server takes to start again.
+READ_ATTEMPTS, FIRST_WAIT = 5, 2.0
 # Of a run, what a model, a resume or a report of another run never reads.
 _NOT_FETCHED = ("tokens/", "evaluation/", "nonfinite/", "report/")
+
+
+_T = TypeVar("_T")
+_shown: dict[str, str] = {}  # directory of the cache -> what was fetched into it
+
+
+class Transient(UserError):
+    """What may go well when it is tried again: no answer, half an answer, or one that tells of trouble at the server."""
 
 
 class Stored(NamedTuple):
@@ -83,6 +95,7 @@ def remote_errors(path: str | Path) -> Iterator[None]:
     """Turns what boto3 raises about `path` into a UserError of one line, with the remedy."""
     from boto3.exceptions import Boto3Error
     from botocore import exceptions
+    from s3transfer.exceptions import RetriesExceededError
 
     try:
         yield
@@ -92,11 +105,15 @@ def remote_errors(path: str | Path) -> Iterator[None]:
             "machine has a role"
         ) from error
     except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
-        raise UserError(
+        raise Transient(
             f"{path}: {client().meta.endpoint_url} can't be reached; check the network and AWS_ENDPOINT_URL"
         ) from error
+    except (exceptions.IncompleteReadError, RetriesExceededError) as error:
+        raise Transient(f"{path}: the connection ended before all of it was there; try again") from error
     except exceptions.ClientError as error:
-        raise UserError(f"{path}: {_refusal(path, error)}") from error
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        kind = Transient if status >= 500 or status == 429 else UserError
+        raise kind(f"{path}: {_refusal(path, error)}") from error
     except (exceptions.BotoCoreError, Boto3Error) as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
 
@@ -119,6 +136,30 @@ def listing(path: str | Path) -> list[Stored]:
     return sorted(found)
 
 
+def patiently(read: Callable[[], _T]) -> _T:
+    """What `read` returns, tried again where the network or the server fails, and said so.
+
+    Raises:
+      Transient: it failed `READ_ATTEMPTS` times.
+    """
+    wait = FIRST_WAIT
+    for _ in range(READ_ATTEMPTS - 1):
+        try:
+            return read()
+        except Transient as error:
+            print(f"{error}; trying again in {wait:g} s", file=sys.stderr, flush=True)
+        time.sleep(wait)
+        wait *= 2
+    return read()
+
+
+def shown(text: str) -> str:
+    """A text with the addresses of what this process fetched in the place of directories in the cache: for messages."""
+    for directory in sorted(_shown, key=len, reverse=True):
+        text = text.replace(directory, _shown[directory])
+    return text
+
+
 # ---- into the cache ----------------------------------------------------------------------------------------------------
 
 
@@ -135,8 +176,12 @@ def fetched(path: str) -> Path:
     one alone; else an object, or all objects below the path. A process looks once: what changes there later, it doesn't see.
 
     Raises:
-      UserError: nothing there, or it can't be had.
+      UserError: nothing there, or it can't be had, tried `patiently`.
     """
+    return patiently(lambda: _fetched(path))
+
+
+def _fetched(path: str) -> Path:
     found = listing(path)
     if not found:
         raise UserError(f"{path}: there is nothing under this name")
@@ -159,6 +204,10 @@ def local_glob(pattern: str) -> str:
       UserError: it matches nothing.
     """
     pattern = join(pattern)
+    return patiently(lambda: _local_glob(pattern))
+
+
+def _local_glob(pattern: str) -> str:
     if not re.search(r"[*?[]", pattern):
         return str(local(pattern))
     fixed, rest = re.fullmatch(r"([^*?[]*)/(.*)", pattern, re.DOTALL).groups()
@@ -177,6 +226,9 @@ def fetch(path: str, objects: Iterable[Stored]) -> Path:
     directory = cache_directory() / "remote" / key / path.rpartition("/")[2]
     with disk_errors(cache_directory(), setting="XDG_CACHE_HOME"):
         make_once(directory, lambda partial: download(path, partial, objects))
+    _shown[str(directory)] = path
+    if objects[0].name == "":
+        _shown[str(directory / directory.name)] = path
     return directory
 
 
@@ -198,7 +250,7 @@ def download(path: str, directory: Path, objects: Iterable[Stored]) -> None:
             future.result()
     for stored, target in targets.items():
         if target.stat().st_size != stored.size or not _matches(target, stored, bucket, key):
-            raise UserError(f"{join(path, stored.name)}: other bytes came than lie there; try again")
+            raise Transient(f"{join(path, stored.name)}: other bytes came than lie there; try again")
 
 
 def upload(path: str, files: Mapping[str, Path], *, stopped: Callable[[], bool] = lambda: False) -> None:
