@@ -324,7 +324,7 @@ def follow(run: Path, address: str, parent: int) -> int:
                     copier.checkpoint(folder, stage, int(step))
 
                 undelivered = _tried(deliver, orphaned)
-                if undelivered:
+                if undelivered and not orphaned():
                     _say(f"the checkpoint of step {step} was not uploaded: {undelivered}; training goes on, and so does {run}")
                 if not orphaned():
                     shutil.rmtree(work[0])
