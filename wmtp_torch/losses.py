@@ -147,7 +147,7 @@ class _TokenStatistics(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, cotangent: Array, *_: Array) -> tuple[Array | None, ...]:
+    def backward(ctx, cotangent: Array, *_: Array) -> tuple[Array | None, ...]:  # pyrefly: ignore[bad-override]  # as torch calls it
         gradients = _gradients(
             *ctx.saved_tensors, cotangent, chunk=ctx.chunk, tile=ctx.tile, needed=ctx.needs_input_grad[:2]
         )

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 from wmtp_jax.data.problems import Problem
 from wmtp_jax.evaluation.sandbox import run_program, run_tests
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def failure(problem: Problem, solution: str, *, timeout_seconds: float, public: bool = False) -> str:
@@ -47,10 +51,10 @@ def _words(status: str, reason: str, stderr: str) -> str:
 
 
 def in_parallel(
-    function: Callable[[Problem], object], problems: Iterable[Problem], *, jobs: int
-) -> Iterator[tuple[Problem, object]]:
+    function: Callable[[Item], Result], problems: Iterable[Item], *, jobs: int
+) -> Iterator[tuple[Item, Result]]:
     """Each problem and what `function` gives for it, in order; so many at a time, and only a few ahead of the caller."""
-    waiting: deque[tuple[Problem, Future]] = deque()
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="problems")
     try:
         for problem in problems:

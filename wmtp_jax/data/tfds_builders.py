@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -42,7 +43,7 @@ class _Stored:
 
     def __init__(self, *, splits: Splits, data_dir: str | os.PathLike):
         self._splits = splits
-        super().__init__(data_dir=data_dir, file_format="array_record")
+        super().__init__(data_dir=data_dir, file_format="array_record")  # pyrefly: ignore[unexpected-keyword]  # its base is made as it is loaded
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -169,7 +170,7 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _python(value: object) -> object:
+def _python(value: Any) -> str | int | tuple[str, ...]:
     """What numpy makes of a feature, as a problem has it."""
     if isinstance(value, bytes):
         return value.decode()

@@ -263,7 +263,7 @@ class _Launch:
             os.close(told)
         self._seconds = request["timeout"] + _GRACE_SECONDS
         try:
-            with self._process.stdin as stream:
+            with self._process.stdin as stream:  # pyrefly: ignore[bad-context-manager]  # a pipe, as it was started
                 stream.write(marshal.dumps(request))
         except BrokenPipeError:  # It has ended; `report` says why.
             pass

@@ -10,7 +10,7 @@ the token from it is written at `_deny` and at the expression that gives the pro
 
 import builtins
 import sys
-from _collections import deque
+from _collections import deque  # pyrefly: ignore[missing-import]  # CPython has it
 from _sitebuiltins import Quitter
 from posix import read, set_inheritable, write
 
