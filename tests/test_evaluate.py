@@ -11,12 +11,14 @@ import pytest
 from scipy.special import log_softmax
 
 from tests.test_data_problems import CONTEST, HUMANEVAL, MBPP
+from wmtp_jax import storage
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation import coding
 from wmtp_jax.evaluation.coding import evaluate_task
 from wmtp_jax.evaluation.results import read_lines
 from wmtp_jax.evaluation.tasks import completion_of, load_task, verdict
 from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
+from wmtp_jax.mirror import push
 
 SHOWN = [{**MBPP, "task_id": number, "text": f"Task {number}."} for number in (2, 3, 4)]
 TASKS = {"mbpp": [MBPP], "humaneval": [HUMANEVAL], "code_contests": [CONTEST]}
@@ -293,6 +295,21 @@ def test_the_command_evaluates_every_task(run, tmp_path):
     again = command(*flags, "--seed=1")
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "holds samples made with seed = 0, not 1" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_object_storage_is_evaluated_into_it(run, s3, tmp_path):
+    push(run, s3)
+    step = max(path.name for path in (run / "checkpoints").iterdir())
+    flags = [f"--checkpoint={s3}/checkpoints/{step}", "--tasks=likelihood", f"--output={s3}/evaluation/mine"]
+    call = [sys.executable, "-m", "wmtp_jax.evaluate", *flags]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    here = tmp_path / "runs" / f"{s3.removeprefix('s3://')}/evaluation/mine"
+    names = [stored.name for stored in storage.listing(f"{s3}/evaluation/mine")]
+    there = {name: storage.get(f"{s3}/evaluation/mine/{name}") for name in names}
+    assert "likelihood.json" in there
+    assert there == {p.relative_to(here).as_posix(): p.read_bytes() for p in here.rglob("*") if p.is_file() and p.name[0] != "."}
 
 
 def test_what_a_user_can_put_right(run, tmp_path):

@@ -296,7 +296,9 @@ class _Copier:
 
 def follow(run: Path, address: str, parent: int) -> int:
     """What the child does: uploads what is in the queue until the training is done, or gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A scheduler or a shell may send these to every process; what counts here is how the training ends.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     os.nice(10)
 
     def orphaned() -> bool:
