@@ -13,6 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 ACCESS_KEY, SECRET_KEY = "testing", "testing-secret"
+READER = {"AWS_ACCESS_KEY_ID": "reading", "AWS_SECRET_ACCESS_KEY": "reading-secret"}  # who may read, and not write
 BUCKET = "wmtp"
 FIRST_PORT, LAST_PORT = 20_000, 29_999
 
@@ -66,7 +67,9 @@ class Server:
         identities = self.directory / "identities.json"
         credentials = [{"accessKey": ACCESS_KEY, "secretKey": SECRET_KEY}]
         identity = {"name": "testing", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-        identities.write_text(json.dumps({"identities": [identity]}))
+        keys = [{"accessKey": READER["AWS_ACCESS_KEY_ID"], "secretKey": READER["AWS_SECRET_ACCESS_KEY"]}]
+        reader = {"name": "reading", "credentials": keys, "actions": ["Read", "List"]}
+        identities.write_text(json.dumps({"identities": [identity, reader]}))
         s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = self._ports
         data = self.directory / "data"
         data.mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.object_store import READER
 from wmtp_jax import mirror, storage
 from wmtp_jax.errors import UserError
 from wmtp_jax.manifest import MANIFEST, problem, seal, settle
@@ -155,6 +156,19 @@ def test_a_directory_is_the_copy_of_one_run(tmp_path):
     claim(tmp_path, "s3://b/one")
     with pytest.raises(UserError, match="local directory of s3://b/one"):
         claim(tmp_path, "s3://b/two")
+
+
+def test_who_may_not_write_there_is_told_before_training(s3, tmp_path, monkeypatch):
+    from wmtp_jax.stages import _join_mirror
+
+    _join_mirror(tmp_path, s3, "auto")
+    assert storage.get(f"{s3}/mirror.json") == (tmp_path / "mirror.json").read_bytes()
+    for name, value in READER.items():
+        monkeypatch.setenv(name, value)
+    storage.client.cache_clear()
+    assert storage.listing(s3)
+    with pytest.raises(UserError, match="mirror.json: access denied"):
+        _join_mirror(tmp_path, s3, "auto")
 
 
 def test_a_queue_of_two_is_waited_for(s3, tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between two attempts, doubled ea
 POLL_SECONDS = 0.1
 EXIT_UNDELIVERED = 4
 _FINISH = "finish"
-_ADDRESS = "mirror.json"  # where this run is mirrored
+ADDRESS_FILE = "mirror.json"  # where this run is mirrored
 _SEPARATOR = "@"
 
 
@@ -147,7 +147,7 @@ def claim(run: Path, address: str) -> None:
     Raises:
       UserError: it is the copy of another run.
     """
-    path = run / _ADDRESS
+    path = run / ADDRESS_FILE
     before = json.loads(path.read_bytes())["address"] if path.exists() else address
     if before != address:
         raise UserError(

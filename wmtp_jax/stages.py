@@ -43,7 +43,7 @@ from wmtp_jax.experiment import (
 )
 from wmtp_jax.flops import flops_per_token, trunk_flops_per_token
 from wmtp_jax.manifest import problem
-from wmtp_jax.mirror import Mirror, claim, mirrored, pull
+from wmtp_jax.mirror import ADDRESS_FILE, Mirror, claim, mirrored, pull
 from wmtp_jax.origins import (
     Start,
     base_settings,
@@ -61,7 +61,7 @@ from wmtp_jax.redact import redacted
 from wmtp_jax.report.curves import draw_curves
 from wmtp_jax.run_directory import find_checkpoint, write_json
 from wmtp_jax.settings import ModelSettings
-from wmtp_jax.storage import listing, remove
+from wmtp_jax.storage import join, listing, patiently, put, remove
 from wmtp_jax.tracking import Tracker, read_metrics
 from wmtp_jax.trainable import fresh_adapters
 
@@ -523,13 +523,16 @@ class Experiment:
 
 
 def _join_mirror(workdir: Path, address: str, resume: str) -> None:
-    """Before a run goes on: what is newer in object storage is fetched, or with --resume=never removed."""
+    """Before a run goes on: what is newer in object storage is fetched, or with --resume=never removed. Who may not write there
+    is told so now, and not in a week."""
     claim(workdir, address)
     if resume == "never":
         there = [stored.name for stored in listing(address)]
         remove(address, [name for name in there if name.partition("/")[0] in run_directory.OUTPUTS])
     else:
         pull(address, workdir)
+    note = join(address, ADDRESS_FILE)
+    patiently(lambda: put(note, (workdir / ADDRESS_FILE).read_bytes()))
 
 
 def load_reference(
