@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wmtp_jax.model import Model, ModelSettings, segment_positions, split
+from wmtp_jax.model import Model, ModelSettings, layers, segment_positions, split
 from wmtp_jax.settings import Weighting
 from wmtp_jax.train_step import loss_and_gradients
 
@@ -298,3 +298,58 @@ def test_memory_of_the_training_loss_does_not_grow_with_the_number_of_heads(kind
 
     one, eight = temporary(1), temporary(8)
     assert eight <= 1.25 * one, (one, eight)
+
+
+# ---- attention of long rows ----------------------------------------------------------------------------------------
+
+
+def _attention_inputs(length: int, dtype=np.float32):
+    random = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(random.normal(size=(2, length, heads, 8)), dtype) for heads in (4, 2, 2)
+    )
+    segments = jnp.asarray(np.sort(random.integers(0, 4, (2, length)), axis=1))
+    return query, key, value, layers.attention_mask(segments)
+
+
+def test_attention_a_block_of_queries_at_a_time_equals_all_scores_at_once():
+    *arrays, mask = _attention_inputs(1024)
+
+    def loss(attend, *arrays):
+        return (attend(*arrays, mask) ** 2).sum()
+
+    def both(attend):
+        return jax.jit(jax.value_and_grad(functools.partial(loss, attend), argnums=(0, 1, 2)))(*arrays)
+
+    (value, gradients), (expected, references) = both(layers.attend), both(layers._attend_all)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    for gradient, reference in zip(gradients, references, strict=True):
+        # Sums over 1,024 positions in another order: 1e-5 of the largest entry.
+        np.testing.assert_allclose(gradient, reference, atol=1e-5 * float(jnp.abs(reference).max()))
+
+
+def test_attention_of_long_rows_holds_no_square_of_scores():
+    *arrays, mask = _attention_inputs(2048)
+
+    def temporary(attend):
+        loss = lambda *arrays: (attend(*arrays, mask) ** 2).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    # All scores are 2 x 4 x 2,048 x 2,048 float32, 128 MiB, more than once; a block of them an eighth.
+    assert temporary(layers.attend) < 0.35 * temporary(layers._attend_all)
+
+
+def test_attention_on_cuda_in_bfloat16_is_cudnns_with_the_mask_of_segments(monkeypatch):
+    calls = []
+
+    def recorded(query, key, value, **options):
+        calls.append(options)
+        return query
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+    query, key, value, mask = _attention_inputs(16, jnp.bfloat16)
+    layers.attend(query, key, value, mask)
+    assert len(calls) == 1 and calls[0]["implementation"] == "cudnn" and calls[0]["mask"] is mask
+    layers.attend(*(x.astype(jnp.float32) for x in (query, key, value)), mask)
+    assert len(calls) == 1  # cuDNN has no float32

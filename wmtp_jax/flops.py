@@ -33,6 +33,24 @@ def trunk_flops_per_token(settings: ModelSettings, sequence_length: int) -> floa
     return layers * _layer(settings, sequence_length) / 3
 
 
+def recomputed_flops_per_token(settings: ModelSettings, sequence_length: int, *, trained: str = "all") -> float:
+    """Operations that the backward pass does a second time instead of having kept what the forward pass made: every
+    tile of logits, the layers of `block` and `sequential` heads, and the trunk's as `remat` says."""
+    s, layer = settings, _layer(settings, sequence_length)
+    logits = 2 * s.num_heads * s.width * s.vocabulary_size
+    heads = {"linear": 0, "block": s.num_heads, "sequential": s.num_heads - 1}[s.head_kind] * layer / 3
+    if s.head_kind == "sequential":
+        heads += (s.num_heads - 1) * 4 * s.width * s.width
+    # What the last product of a layer gives is not needed again; of `dots`, only products of two activations are made again.
+    by_layer = {
+        "none": 0.0,
+        "layer": layer / 3 - 2 * s.width * s.mlp_width,
+        "dots": 4 * sequence_length * s.attention_heads * s.head_dim,
+    }[s.remat]
+    layers = s.layers - (s.head_kind == "block")
+    return float(logits + heads + (layers * by_layer if trained != "heads" else 0.0))
+
+
 def _layer(s: ModelSettings, sequence_length: int) -> float:
     attention_weights = s.width * s.head_dim * (2 * s.attention_heads + 2 * s.kv_heads)
     mlp_weights = s.width * s.mlp_width * (3 if s.activation == "swiglu" else 2)

@@ -110,8 +110,8 @@ def torch_temporary_bytes(name: str, shape: tuple[int, int, int]) -> int:
     return max(0, peak_resident_bytes() - before - 4 * width * (vocabulary + tokens))
 
 
-def measure(shape: tuple[int, int, int], pairs: int) -> list[str]:
-    """Returns the table's rows."""
+def measure(shape: tuple[int, int, int], pairs: int) -> list[dict]:
+    """A row for every implementation: seconds, temporary bytes and the ratio to torch's full logits in the same round."""
     steps, memory = {}, {}
     for name, loss in IMPLEMENTATIONS.items():
         if name.startswith("torch"):
@@ -128,14 +128,13 @@ def measure(shape: tuple[int, int, int], pairs: int) -> list[str]:
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
-    base = seconds["torch, full logits"]
-    rows = []
+    base, rows = seconds["torch, full logits"], []
     for name, times in seconds.items():
         ratios = [mine / theirs for mine, theirs in zip(times, base, strict=True)]
-        rows.append(
-            f"| {name} | {1e3 * statistics.median(times):,.1f} | {1e3 * min(times):,.1f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) | {memory[name] / 1e6:,.1f} |"
-        )
+        rows.append({
+            "name": name, "seconds": statistics.median(times), "least_seconds": min(times), "temporary_bytes": memory[name],
+            "ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios),
+        })  # fmt: skip
     return rows
 
 
@@ -152,7 +151,12 @@ def main() -> None:
         print(f"\nV = {vocabulary:,}, N = {tokens:,}, D = {width}\n")
         print("| | median ms | least ms | ratio to torch's full logits | temporary MB |")
         print("|---|---|---|---|---|")
-        print("\n".join(measure(SHAPES[name], arguments.pairs)), flush=True)
+        for row in measure(SHAPES[name], arguments.pairs):
+            print(
+                f"| {row['name']} | {1e3 * row['seconds']:,.1f} | {1e3 * row['least_seconds']:,.1f} | {row['ratio']:.2f} "
+                f"({row['lowest']:.2f} to {row['highest']:.2f}) | {row['temporary_bytes'] / 1e6:,.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -87,8 +87,10 @@ class PlainModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 2), targets.flatten())
 
 
-def plain_step(settings: ModelSettings, batch: Batch) -> Callable[[], float]:
-    model = PlainModel(settings)
+def plain_step(settings: ModelSettings, batch: Batch, *, compiled: bool = False) -> Callable[[], float]:
+    """On the batch's device; float32 parameters, products in the settings' compute type. `compiled`: by `torch.compile`."""
+    device = batch["tokens"].device
+    model = PlainModel(settings).to(device)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=settings.initial_scale)
@@ -96,9 +98,12 @@ def plain_step(settings: ModelSettings, batch: Batch) -> Callable[[], float]:
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
     groups = [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate, betas=(OPTIMIZER.b1, OPTIMIZER.b2))
+    forward = torch.compile(model) if compiled else model
+    narrow = settings.compute_dtype != "float32"
 
     def step() -> float:
-        loss = model(batch)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
+            loss = forward(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
         optimizer.step()

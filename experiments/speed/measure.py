@@ -1,0 +1,299 @@
+"""Tokens a second, MFU, memory and compile time of an update, beside plain ones of the same shapes, in one process.
+
+    python experiments/speed/measure.py                          all of it, on what is there: a CUDA GPU, else the CPU
+    python experiments/speed/measure.py --parts peers loss       only these; figures of the others stay as they were
+    python experiments/speed/measure.py --suite smoke            a minute, of tiny shapes; writes nothing
+
+Needs jax, flax, optax, numpy, ml_collections and torch. What is compared runs in turn, round after round, every second round
+backwards; a ratio is the median over rounds of two times of the same round, so that what else the machine does reaches both.
+Writes results/SUITE.json and .svg, and the tables in README.md.
+
+Parts: `peers` (ours and plain updates), `heads` (1, 2, 4, 8 of each kind), `algorithms` (every algorithm beside the baseline),
+`loss` (loss and gradients alone; CPU suite), `flops` (the formula beside XLA's cost analysis).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Both libraries share a GPU's memory; the parent's share must leave room for the children.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# glibc keeps some of what is freed; children read their resident size.
+os.environ.setdefault("MALLOC_TOP_PAD_", "0")
+
+import jax
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent)]  # siblings, and the packages where they are not installed
+
+import loss as loss_part  # noqa: E402
+import tables  # noqa: E402
+from torch_model import resident  # noqa: E402
+from updates import ALGORITHMS, EAGER, PEERS, Shape, full_logits_loss, jax_update, peer  # noqa: E402
+
+from wmtp_jax.devices import peak_flops, set_gpu_flags  # noqa: E402
+from wmtp_jax.flops import flops_per_token, recomputed_flops_per_token  # noqa: E402
+from wmtp_jax.model import abstract_parameters, merge  # noqa: E402
+
+KINDS = ("linear", "block", "sequential")
+SUITES = {
+    "cpu": [Shape("6 layers of 256", 8192, 256, 6, 4, 704, 8, 256, "float32")],
+    "gpu": [
+        Shape(f"{name}, {length:,}", 32_000, width, layers, heads, mlp, tokens // length, length, "bfloat16", remat)
+        for name, width, layers, heads, mlp, tokens, remat in (
+            ("100M", 768, 12, 12, 2048, 32_768, "none"),
+            ("350M", 1024, 24, 16, 2816, 16_384, "dots"),
+            ("1B", 2048, 16, 16, 5632, 8192, "dots"),
+        )
+        for length in (2048, 4096)
+    ],
+    "smoke": [Shape("tiny", 128, 32, 2, 2, 64, 2, 16, "float32")],
+}
+COUNTS = {"cpu": (1, 2, 4, 8), "gpu": (1, 2, 4, 8), "smoke": (1, 2)}
+PARTS = ("flops", "peers", "heads", "algorithms", "loss")
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+def rounds(steps: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
+    """Seconds of every step, round after round; the first round warms up and is left away."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(pairs + 1):
+        for name in list(steps)[:: 1 if number % 2 else -1]:
+            start = time.perf_counter()
+            steps[name]()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def beside(times: list[float], base: list[float]) -> dict[str, float]:
+    """The ratio of two times of a round: median, lowest and highest."""
+    ratios = [own / other for own, other in zip(times, base, strict=True)]
+    return {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
+def speed(times: list[float], shape: Shape, heads: int, kind: str, peak: float | None) -> dict[str, Any]:
+    """Median seconds, tokens a second and MFU of an update."""
+    median = statistics.median(times)
+    rate = shape.tokens / median
+    flops = flops_per_token(shape.settings(heads, kind), shape.length)
+    return {"seconds": median, "tokens_per_second": rate, "mfu": rate * flops / peak if peak else None}
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def temporary_bytes(name: str, shape: Shape, heads: int) -> int:
+    """Runs in a fresh process: what an update takes at its peak beyond parameters, gradients and optimizer state.
+
+    On a CPU the growth of the process, on a GPU the library's own count. The first updates make what stays.
+    """
+    update = peer(name, shape, heads)
+    update.step()
+    gradients = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(shape.settings(heads))[1]))
+    if jax.default_backend() != "gpu":
+        update.step()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = resident("VmRSS")
+        update.step()
+        return resident("VmHWM") - before - gradients
+    if name.startswith("torch"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        update.step()
+        return torch.cuda.max_memory_allocated() - before - gradients
+    # jax's peak can't begin anew: gradients and temporaries are one buffer beside what is there all the time.
+    statistics_ = jax.devices()[0].memory_stats()
+    return max(update.temporary_bytes, statistics_["peak_bytes_in_use"] - statistics_["bytes_in_use"]) - gradients
+
+
+def in_child(function: Callable, *arguments: Any) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+# ---- the parts -----------------------------------------------------------------------------------------------------
+
+
+def _built(make: Callable, *arguments: Any, **options: Any) -> Any:
+    """An update; None where the device's memory does not hold it."""
+    try:
+        update = make(*arguments, **options)
+        update.step()
+        return update
+    except torch.OutOfMemoryError:
+        return None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def measure_peers(suite: str, pairs: int, peak: float | None) -> list[dict]:
+    rows, heads = [], max(COUNTS[suite][:3])
+    for shape in SUITES[suite]:
+        memory = {name: in_child(_memory_or_none, name, shape, heads) for name in PEERS}
+        updates = {name: _built(peer, name, shape, heads) for name in PEERS}
+        times = rounds({name: update.step for name, update in updates.items() if update}, pairs)
+        for name in PEERS:
+            row = {"shape": shape.name, "heads": heads, "name": name, "temporary_bytes": memory[name]}
+            if name in times:
+                row |= speed(times[name], shape, heads, "linear", peak)
+                row["compile_seconds"] = updates[name].compile_seconds
+                row |= beside(times[name], times[EAGER]) if EAGER in times else {}
+            rows.append(row)
+            _tell(row)
+    return rows
+
+
+def _memory_or_none(name: str, shape: Shape, heads: int) -> int | None:
+    try:
+        return temporary_bytes(name, shape, heads)
+    except (torch.OutOfMemoryError, jax.errors.JaxRuntimeError):
+        return None  # the parent's attempt says why
+
+
+def measure_heads(suite: str, pairs: int, peak: float | None, kinds: tuple[str, ...]) -> list[dict]:
+    rows = []
+    for shape in SUITES[suite]:
+        for kind in kinds:
+            updates = {count: _built(jax_update, shape, count, kind) for count in COUNTS[suite]}
+            times = rounds({count: update.step for count, update in updates.items() if update}, pairs)
+            for count, seconds in times.items():
+                row = {"shape": shape.name, "kind": kind, "heads": count} | speed(seconds, shape, count, kind, peak)
+                carried = _carried_out(shape, count, kind) / _carried_out(shape, 1, kind)
+                found = beside(seconds, times[1])
+                row |= {
+                    "temporary_bytes": updates[count].temporary_bytes, "compile_seconds": updates[count].compile_seconds,
+                    "beside_one_head": found["ratio"], "predicted": carried,  # by operations, recomputed ones included
+                    **{key: value / carried for key, value in found.items()},
+                }  # fmt: skip
+                rows.append(row)
+                _tell(row)
+    return rows
+
+
+def _carried_out(shape: Shape, heads: int, kind: str) -> float:
+    settings = shape.settings(heads, kind)
+    return flops_per_token(settings, shape.length) + recomputed_flops_per_token(settings, shape.length)
+
+
+def measure_algorithms(suite: str, pairs: int, peak: float | None) -> list[dict]:
+    rows, heads = [], max(COUNTS[suite][:3])
+    for shape in SUITES[suite][:1]:
+        names = list(ALGORITHMS)[: 3 if suite == "smoke" else None]
+        updates = {name: jax_update(shape, heads, algorithm=name) for name in names}
+        times = rounds({name: update.step for name, update in updates.items()}, pairs)
+        for name, update in updates.items():
+            row = {"shape": shape.name, "heads": heads, "name": name} | speed(times[name], shape, heads, "linear", peak)
+            row |= {"temporary_bytes": update.temporary_bytes, "compile_seconds": update.compile_seconds}
+            rows.append(row | beside(times[name], times["baseline-mtp"]))
+            _tell(rows[-1])
+    return rows
+
+
+def measure_loss(suite: str, pairs: int, peak: float | None) -> list[dict]:
+    if suite == "gpu":
+        return []
+    name = "large" if suite == "cpu" else "small"
+    return [{"shape": name, **row} for row in loss_part.measure(loss_part.SHAPES[name], pairs)]
+
+
+def measure_flops(suite: str, pairs: int, peak: float | None) -> list[dict]:
+    """Loss on full logits and its gradients of one layer, since XLA counts the body of a loop once."""
+    rows = []
+    for shape in SUITES[suite]:
+        for heads in COUNTS[suite][::2]:
+            settings = dataclasses.replace(shape.settings(heads), layers=1, remat="none")
+            definition, parameters = abstract_parameters(settings)
+            batch = shape.batch(heads)
+
+            def loss(parameters, batch, definition=definition):
+                return full_logits_loss(merge(definition, parameters), batch)
+
+            counted = jax.jit(jax.grad(loss)).lower(parameters, batch).cost_analysis()["flops"]
+            formula = flops_per_token(settings, shape.length) * shape.tokens
+            rows.append({"shape": shape.name, "heads": heads, "formula": formula, "xla": counted, "ratio": counted / formula})
+            _tell(rows[-1])
+    return rows
+
+
+def _tell(row: dict) -> None:
+    shown = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()}
+    print("  " + ", ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def hardware() -> str:
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        return f"{torch.cuda.get_device_name(0)}"
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    return f"{cpu} ({platform.machine()}), {len(os.sched_getaffinity(0))} cores"
+
+
+def main() -> None:
+    set_gpu_flags()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, default="gpu" if jax.default_backend() == "gpu" else "cpu")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of heads")
+    parser.add_argument("--pairs", type=int, default=7, help="rounds")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables and the plot again")
+    arguments = parser.parse_args()
+    suite = arguments.suite
+    path = HERE / "results" / f"{suite}.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    if not arguments.tables:
+        peak = peak_flops(jax.devices()[0])
+        facts = {
+            "hardware": hardware(), "date": datetime.date.today().isoformat(), "pairs": arguments.pairs,
+            "threads": torch.get_num_threads(), "jax": jax.__version__, "torch": torch.__version__, "peak_flops": peak,
+        }  # fmt: skip
+        print(facts, flush=True)
+        measures = {
+            "flops": measure_flops, "peers": measure_peers, "algorithms": measure_algorithms, "loss": measure_loss,
+            "heads": functools.partial(measure_heads, kinds=tuple(arguments.kinds)),
+        }  # fmt: skip
+        for part in arguments.parts:
+            print(part, flush=True)
+            rows = measures[part](suite, arguments.pairs, peak)
+            if part == "heads":  # kinds that were left away stay as they were
+                old = kept.get(part, {}).get("rows", [])
+                rows = [row for row in old if row["kind"] not in arguments.kinds] + rows
+            kept[part] = {**facts, "load": round(os.getloadavg()[0], 1), "rows": rows}
+    if suite == "smoke":
+        print(tables.render(kept))
+        return
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+    path.with_suffix(".svg").write_text(tables.plot(kept))
+    tables.insert(HERE / "README.md", suite, tables.render(kept))
+    print(f"written: {path}, {path.with_suffix('.svg').name}, README.md")
+
+
+if __name__ == "__main__":
+    main()
