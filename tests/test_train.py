@@ -37,6 +37,26 @@ def finished(tiny, tmp_path_factory) -> Path:
     return workdir
 
 
+def test_kept_tokens_know_their_kinds(finished, python_corpus):
+    """As Python's tokenizer sees the files that the rows were cut from, not the pieces in the rows."""
+    from wmtp_jax.data.tokenizer import load_tokenizer
+    from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
+
+    tokenizer, whole = load_tokenizer(finished / "tokenizer"), []
+    for file in python_corpus.glob("*.py"):
+        tokens = tokenizer.encode(file.read_text())
+        kinds = token_kinds([tokenizer.pieces[token] for token in tokens], byte_kinds(file.read_text()))
+        whole.append(([*tokens.tolist(), tokenizer.end_of_text_id], [*kinds.tolist(), KINDS.index("other")]))
+    entries, seen = np.load(finished / "tokens" / "8.npz"), set()
+    for row, segments, kinds in zip(entries["tokens"], entries["segment_ids"], entries["kinds"], strict=True):
+        for segment in range(1, segments.max() + 1):
+            piece, found = row[segments == segment].tolist(), kinds[segments == segment].tolist()
+            places = [(ks[i : i + len(piece)]) for ts, ks in whole for i in range(len(ts)) if ts[i : i + len(piece)] == piece]
+            assert found in places
+            seen |= set(found)
+    assert len(seen) >= 5
+
+
 def assert_same_run(one: Path, other: Path) -> None:
     """Bit-equal parameters and metrics."""
     assert comparable(one) == comparable(other)

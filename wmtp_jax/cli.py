@@ -102,9 +102,17 @@ def recipe_name(config_flag: str) -> str:
     return config_flag.rpartition("/")[2].split(".py")[0]
 
 
-def run(main: Callable[[], None], *, description: str, required: tuple[str, ...] = ()) -> None:
-    """Parses `sys.argv` into absl's FLAGS, calls `main`, and ends the process with the exit code of what happened."""
+def run(main: Callable[..., None], *, description: str, required: tuple[str, ...] = (), arguments: str = "") -> None:
+    """Parses `sys.argv` into absl's FLAGS, calls `main`, and ends the process with the exit code of what happened.
+
+    Args:
+      main: gets the arguments that are no flags, a list, where `arguments` says that there may be such.
+      description: what --help says first.
+      required: flags that must be given.
+      arguments: what the arguments are called that are no flags; they may stand between flags. "": there are none.
+    """
     try:
+        flags.FLAGS.set_gnu_getopt(bool(arguments))
         if any(argument in ("--help", "-h", "-help") for argument in sys.argv[1:]):
             print(f"{description.strip()}\n\n{_flags_help()}")
             sys.exit(0)
@@ -116,12 +124,12 @@ def run(main: Callable[[], None], *, description: str, required: tuple[str, ...]
             # config_flags runs the recipe and sets its keys while it parses, and lets whatever happens there through.
             named = f"{_first_line(error)}: no such key" if isinstance(error, (AttributeError, KeyError)) else _first_line(error)
             raise UserError(f"--config: {named} (wmtp_jax/config.py lists them, with their types)") from error
-        if len(rest) > 1:
+        if len(rest) > 1 and not arguments:
             raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
         for name in required:
             if flags.FLAGS[name].value is None:
                 raise UserError(f"--{name} is needed; see --help")
-        main()
+        main(rest[1:]) if arguments else main()
     except UserError as error:
         _fail(error, 2)
     except NonFiniteLoss as error:

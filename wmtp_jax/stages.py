@@ -26,9 +26,11 @@ from wmtp_jax.cli import Stopped, StopSignals
 from wmtp_jax.config import ALGORITHMS, flatten, uses_reference, validate
 from wmtp_jax.data.bigram import bigram_metrics
 from wmtp_jax.data.corpus import Corpus
-from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches
+from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches, validation_rows
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.evaluation.metrics import evaluate, value_metrics
+from wmtp_jax.evaluation.row_kinds import row_kinds
+from wmtp_jax.evaluation.token_kinds import KINDS
 from wmtp_jax.experiment import (
     adapter_settings,
     critic_settings,
@@ -161,6 +163,7 @@ class Stage:
         parameters: int,
         rate: Callable[[int], Any],
         checkpoints: Callable[..., loop.SavedStates],
+        inspect: Callable[[Any], Mapping[str, Any]] | None,
         **functions: Any,
     ) -> loop.Training:
         """The stage for the loop.
@@ -171,6 +174,7 @@ class Stage:
           parameters: how many are trained.
           rate: updates before one -> the schedule's factor of its learning rate.
           checkpoints: the backend's `Checkpoints`.
+          inspect: a state -> the arrays of `token_batch` and what its weights are made of; None: none are kept.
           functions: those fields of `loop.Training` that touch a backend's arrays.
         """
         c, model = self.config, self.model
@@ -200,6 +204,7 @@ class Stage:
             checkpoints=saved,
             description=self.describe(backend),
             is_finite=lambda result: bool(result.finite),
+            inspect=inspect and (lambda state: {**inspect(state), "kinds": self.token_kinds}),
             flops_per_token=flops,
             **functions,
         )
@@ -222,6 +227,15 @@ class Stage:
         """The held-out rows of tokens/STEP.npz; None where none are kept."""
         rows = self.config.eval.token_rows
         return self._held_out(rows, 1)[0] if rows else None
+
+    @functools.cached_property
+    def token_kinds(self) -> np.ndarray:
+        """The kinds of the tokens of `token_batch`, uint8 `[B, S]`, see `evaluation.token_kinds`; padding is `other`."""
+        parts = [source.validation for source in self.corpus.sources]
+        where = zip(*validation_rows(self.corpus, self.config.eval.token_rows), strict=True)
+        kinds = np.stack([row_kinds(parts[source], int(row), self.corpus.tokenizer) for source, row in where])
+        padding = np.full((self.config.eval.token_rows - len(kinds), kinds.shape[1]), KINDS.index("other"), np.uint8)
+        return np.concatenate([kinds, padding])
 
     def complete(self, sample: Callable[[np.ndarray, int], np.ndarray]) -> list[dict[str, str]]:
         """Sampled continuations of held-out text: the first part of as many rows as asked for.

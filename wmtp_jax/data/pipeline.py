@@ -178,19 +178,27 @@ def validation_batches(
       UserError: a global batch that the processes can't share.
     """
     parts = [source.validation for source in corpus.sources]
-    ends = np.cumsum([len(part) for part in parts])
-    total = int(ends[-1])
-    count = total if num_batches is None else min(total, num_batches * batch_size)
-    spread = np.arange(count) * total // count
+    sources, rows = validation_rows(corpus, None if num_batches is None else num_batches * batch_size)
+    count = len(rows)
     share = _share(batch_size, process_index, process_count)
     for start in range(0, count, batch_size):
         number = start + share
         real = number < count
-        index = spread[np.where(real, number, 0)]
-        sources = np.searchsorted(ends, index, side="right")
-        columns = _gather(parts, sources, index - (ends - [len(part) for part in parts])[sources])
+        chosen = np.where(real, number, 0)
+        columns = _gather(parts, sources[chosen], rows[chosen])
         columns = {name: np.where(real[:, None], c, np.zeros((), c.dtype)) for name, c in columns.items()}
         yield make_batch(columns, num_heads=num_heads)
+
+
+def validation_rows(corpus: Corpus, count: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sources and their row numbers, int `[n]` each, of at most `count` validation rows, evenly spread; None: of all."""
+    sizes = np.array([len(source.validation) for source in corpus.sources])
+    ends = np.cumsum(sizes)
+    total = int(ends[-1])
+    count = total if count is None else min(total, count)
+    spread = np.arange(count) * total // count
+    sources = np.searchsorted(ends, spread, side="right")
+    return sources, spread - (ends - sizes)[sources]
 
 
 def distinct_training_rows(corpus: Corpus, *, seed: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
