@@ -17,7 +17,7 @@ from wmtp_jax.evaluation.metrics import evaluate
 from wmtp_jax.flops import flops_per_token
 from wmtp_jax.meter import Meter
 from wmtp_jax.model import Model, ModelSettings, split
-from wmtp_jax.settings import Weighting
+from wmtp_jax.settings import OptimizerSettings, Weighting
 from wmtp_jax.stopping import Stopping
 from wmtp_jax.train_step import loss_and_gradients
 from wmtp_jax.trainable import Trainable
@@ -134,3 +134,13 @@ def test_flops_of_a_trunk_that_is_not_trained_agree_with_xla(parts):
     expected = flops_per_token(settings, 32, trained=parts)
     recomputed = 2 * 2 * settings.width * settings.vocabulary_size
     assert expected < counted < 1.25 * (expected + recomputed) < flops_per_token(settings, 32) + recomputed
+
+
+def test_settings_that_are_none_of_these_are_refused():
+    with pytest.raises(ValueError, match="head kind 'tree'"):
+        dataclasses.replace(SETTINGS, head_kind="tree")
+    with pytest.raises(ValueError, match="remat 'some'"):
+        dataclasses.replace(SETTINGS, remat="some")
+    rule = dict.fromkeys((field.name for field in dataclasses.fields(OptimizerSettings)), 0)
+    with pytest.raises(ValueError, match="optimizer 'sgd'"):
+        OptimizerSettings(**{**rule, "name": "sgd"})

@@ -126,10 +126,3 @@ def test_one_layer_with_block_heads_has_no_trunk():
     model = random_model(settings)
     assert not any(name.startswith("layers") for name, _ in model.named_parameters())
     assert model.logits(TOKENS, SEGMENTS).isfinite().all()
-
-
-def test_settings_that_are_none_of_these_are_refused():
-    with pytest.raises(ValueError, match="head kind 'tree'"):
-        Model(dataclasses.replace(LLAMA, head_kind="tree"))
-    with pytest.raises(ValueError, match="remat 'some'"):
-        random_model(dataclasses.replace(LLAMA, remat="some")).logits(TOKENS)

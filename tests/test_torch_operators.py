@@ -67,8 +67,8 @@ def test_model_losses_and_optimizer(base, kind, dtype, remat):
 
 @pytest.mark.parametrize("chunk_size", [None, 5])
 def test_losses_in_tiles(chunk_size, monkeypatch):
-    monkeypatch.setattr("wmtp_torch.losses._SINGLE_TILE", 0)
-    monkeypatch.setattr("wmtp_torch.losses._TILE", 64)
+    monkeypatch.setattr("wmtp_jax.softmax.SINGLE_TILE", 0)
+    monkeypatch.setattr("wmtp_jax.softmax.TILE", 64)
     hidden = torch.randn(2, 12, 16, requires_grad=True)
     unembedding = torch.randn(H, 16, 150, requires_grad=True)
     with MpsOperators():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal
 
@@ -46,3 +48,28 @@ def check_temperature(temperature: float) -> None:
     """Refuses a plain number that is not positive."""
     if isinstance(temperature, Real) and not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
+
+
+def shares(coefficients: Sequence[float], weights: Any, mask: Any) -> list[float]:
+    """The coefficients of `combine` as fractions of their sum.
+
+    Refuses `weights` that are not `[n, ..., S, H]` for this mask and n coefficients, and coefficients below 0 or all 0.
+    """
+    if tuple(weights.shape[1:]) != tuple(mask.shape) or len(coefficients) != weights.shape[0]:
+        raise ValueError(
+            f"weights {tuple(weights.shape)} must be [n, ..., S, H] for a mask {tuple(mask.shape)} and n = {len(coefficients)}"
+            " coefficients"
+        )
+    check_interval(0.0, math.inf, **{f"coefficients[{i}]": c for i, c in enumerate(coefficients)})
+    total = sum(coefficients)
+    if total == 0:
+        raise ValueError("coefficients must not all be 0")
+    return [coefficient / total for coefficient in coefficients]
+
+
+def log_limits(low: float, high: float) -> tuple[float, float]:
+    """Logarithms of the limits that weights are clipped to; refuses limits below 0 or in the wrong order."""
+    check_interval(0.0, math.inf, low=low, high=high)
+    if low > high:
+        raise ValueError(f"low must not exceed high, but {low} > {high}")
+    return tuple(math.log(limit) if limit > 0 else -math.inf for limit in (low, high))

@@ -603,3 +603,13 @@ def validate(config: ConfigDict) -> None:
     _validate_run(config)
     _validate_mesh(config.mesh)
     _validate_outputs(config)
+
+
+def check_one_device(config: ConfigDict) -> None:
+    """Refuses a mesh of several devices, for a backend that trains on one."""
+    for axis, size in config.mesh.items():
+        # All that is there is one device; but to ask for parameters in parts is to ask for what fits no single one.
+        if size > 1 or (size == -1 and axis != "data"):
+            raise UserError(
+                f"config.mesh.{axis} = {size}: the torch backend trains on one device; set it to 1, or train with wmtp_jax.main"
+            )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,23 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from wmtp_jax import sharding
+from wmtp_jax.softmax import Softmax, TokenStatistics, check_arguments, finish, merge, rescale, tiling
 
 Array = jax.Array
-
-# Tokens and vocabulary entries of one tile of logits. 4 MiB in float32 stays in the cache of a CPU, and the matrix
-# products are large enough to run at full speed.
-_CHUNK = 1024
-_TILE = 1024
-# Logits up to this many elements (16 MiB in float32) are one tile: small models pay for no loop.
-_SINGLE_TILE = 1 << 22
-
-
-class TokenStatistics(NamedTuple):
-    """What the softmax says about each token: arrays of the shape of the targets, float32 or better."""
-
-    loss: Array
-    entropy: Array
-    squared_probability_sum: Array
 
 
 def token_statistics(
@@ -68,23 +53,15 @@ def token_statistics(
     Raises:
       ValueError: shapes that do not fit, or a chunk size below 1.
     """
-    *heads, width, vocabulary = unembedding.shape
-    tokens_shape = targets.shape[: targets.ndim - len(heads)]
-    if len(heads) > 1 or targets.shape != (*tokens_shape, *heads) or hidden.shape != (*tokens_shape, width):
-        raise ValueError(
-            f"shapes do not fit: hidden {hidden.shape}, unembedding {unembedding.shape}, targets {targets.shape}; "
-            "expected [..., D], [D, V], [...] or [..., D], [H, D, V], [..., H]"
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: expected 1 or more tokens, or None")
+    tokens, heads = check_arguments(hidden, unembedding, targets, chunk_size)
     if sharding.current_mesh() is not None:
         return TokenStatistics(*_sharded_statistics(hidden, unembedding, targets, chunk_size))
-    tokens = math.prod(tokens_shape)
-    chunk, tile = _tiling(tokens, vocabulary, chunk_size)
+    width, vocabulary = unembedding.shape[-2:]
+    chunk, tile = tiling(tokens, vocabulary, chunk_size)
     statistics = _token_statistics(
         hidden.reshape(tokens, width),
         unembedding.reshape(-1, vocabulary),
-        targets.reshape(tokens, math.prod(heads)).T,
+        targets.reshape(tokens, heads).T,
         chunk,
         tile,
     )
@@ -116,36 +93,11 @@ def weighted_mean(loss: Array, weights: Array, mask: Array, *, denominator: Arra
     return jnp.where(empty, 0, terms.sum() / jnp.where(empty, 1, count))
 
 
-class _Softmax(NamedTuple):
-    """What a part of the vocabulary knows about each token's softmax, `[tokens]` each; parts merge in any order.
-
-    With d = z - maximum and e = exp(d): sums of e, e d and e², and the logit of the target, 0 where the target lies in
-    another part. Entropy from e d (never positive) and a normalizer (never below 1) can't cancel or turn negative.
-    """
-
-    maximum: Array
-    normalizer: Array
-    weighted_shift: Array
-    squared_sum: Array
-    target_logit: Array
-
-
-def _tiling(tokens: int, vocabulary: int, chunk_size: int | None) -> tuple[int, int]:
-    """Returns the tokens and the vocabulary entries of a tile, as even as can be."""
-    if chunk_size is None:
-        chunk_size = tokens if tokens * vocabulary <= _SINGLE_TILE else _CHUNK
-    if tokens <= chunk_size and tokens * vocabulary <= _SINGLE_TILE:
-        return tokens, vocabulary
-    chunk = math.ceil(tokens / math.ceil(tokens / chunk_size))
-    even = math.ceil(vocabulary / math.ceil(vocabulary / _TILE))
-    return chunk, min(vocabulary, math.ceil(even / 64) * 64)  # 64: whole vectors and matrix fragments
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _token_statistics(
     hidden: Array, unembedding: Array, targets: Array, chunk: int, tile: int
 ) -> tuple[Array, Array, Array]:
-    return _finish(_softmax(hidden, unembedding, targets, chunk=chunk, tile=tile))
+    return finish(jnp, _softmax(hidden, unembedding, targets, chunk=chunk, tile=tile))
 
 
 def _forward(hidden, unembedding, targets, chunk, tile):
@@ -153,7 +105,7 @@ def _forward(hidden, unembedding, targets, chunk, tile):
     # Saved in two parts: the sum, maximum + log(normalizer), would lose digits where logits are large.
     maximum = checkpoint_name(softmax.maximum, "log_sum_exp")
     normalizer = checkpoint_name(softmax.normalizer, "log_sum_exp")
-    return _finish(softmax), (hidden, unembedding, targets, maximum, normalizer)
+    return finish(jnp, softmax), (hidden, unembedding, targets, maximum, normalizer)
 
 
 def _backward(chunk, tile, residuals, cotangents):
@@ -163,16 +115,8 @@ def _backward(chunk, tile, residuals, cotangents):
 _token_statistics.defvjp(_forward, _backward)
 
 
-def _finish(softmax: _Softmax) -> tuple[Array, Array, Array]:
-    """Returns loss, entropy and squared probability sum from the softmax over the whole vocabulary."""
-    log_normalizer = jnp.log(softmax.normalizer)
-    loss = log_normalizer + (softmax.maximum - softmax.target_logit)
-    entropy = log_normalizer - softmax.weighted_shift / softmax.normalizer
-    return loss, entropy, softmax.squared_sum / softmax.normalizer**2
-
-
 @partial(jax.jit, static_argnames=("chunk", "tile"))
-def _softmax(hidden: Array, unembedding: Array, targets: Array, *, chunk: int, tile: int) -> _Softmax:
+def _softmax(hidden: Array, unembedding: Array, targets: Array, *, chunk: int, tile: int) -> Softmax:
     """Returns the softmax of `hidden [tokens, D]` over `unembedding [heads · D, part of V]`, `[heads, tokens]` each.
 
     `targets [heads, tokens]` count from the part's first entry; one outside the part matches nothing.
@@ -195,50 +139,32 @@ def _softmax(hidden: Array, unembedding: Array, targets: Array, *, chunk: int, t
             if vocabulary % tile:
                 logits = jnp.where(_iota(logits, 1) >= overlap, logits, lowest)
                 tile_targets = jnp.where(tile_targets >= overlap, tile_targets, -1)
-            return _merge(softmax, _tile_softmax(logits, tile_targets))
+            return merge(jnp, softmax, _tile_softmax(logits, tile_targets))
 
         zeros = jnp.zeros(chunk, dtype)
-        softmax = _loop(vocabulary, tile, tile_step, _Softmax(zeros + lowest, zeros, zeros, zeros, zeros))
+        softmax = _loop(vocabulary, tile, tile_step, Softmax(zeros + lowest, zeros, zeros, zeros, zeros))
         # Rows that the last chunk shares with its neighbour are written twice, with the same values.
         return lax.dynamic_update_slice(stacked, jnp.stack(softmax)[:, None], (jnp.int32(0), head, row))
 
     def head_step(head, stacked):
         return _loop(tokens, chunk, partial(chunk_step, head), stacked)
 
-    return _Softmax(*_loop(heads, 1, head_step, jnp.zeros((5, heads, tokens), dtype)))
+    return Softmax(*_loop(heads, 1, head_step, jnp.zeros((5, heads, tokens), dtype)))
 
 
-def _tile_softmax(logits: Array, targets: Array) -> _Softmax:
+def _tile_softmax(logits: Array, targets: Array) -> Softmax:
     vocabulary = logits.shape[1]
     maximum = logits.max(axis=1)
     inside = (targets >= 0) & (targets < vocabulary)
     picked = jnp.take_along_axis(logits, targets.clip(0, vocabulary - 1)[:, None], axis=1, mode="promise_in_bounds")
     shift = logits - maximum[:, None]
     exponential = jnp.exp(shift)
-    return _Softmax(
+    return Softmax(
         maximum,
         exponential.sum(axis=1),
         (exponential * shift).sum(axis=1),
         (exponential * exponential).sum(axis=1),
         jnp.where(inside, picked[:, 0], 0),
-    )
-
-
-def _merge(left: _Softmax, right: _Softmax) -> _Softmax:
-    maximum = jnp.maximum(left.maximum, right.maximum)
-    left, right = _rescale(left, maximum), _rescale(right, maximum)
-    return _Softmax(maximum, *(a + b for a, b in zip(left[1:], right[1:], strict=True)))
-
-
-def _rescale(softmax: _Softmax, maximum: Array) -> _Softmax:
-    shift = softmax.maximum - maximum
-    scale = jnp.exp(shift)
-    return _Softmax(
-        maximum,
-        scale * softmax.normalizer,
-        scale * (softmax.weighted_shift + shift * softmax.normalizer),
-        scale * scale * softmax.squared_sum,
-        softmax.target_logit,
     )
 
 
@@ -322,11 +248,11 @@ def _sharded_statistics(
 def _sharded_forward(hidden, unembedding, targets, chunk_size):
     def local(hidden: Array, part: Array, targets: Array) -> tuple[Array, ...]:
         states, part, local_targets = _local(hidden, sharding.gather_width(part, axis=-2), targets)
-        chunk, tile = _tiling(len(states), part.shape[1], chunk_size)
+        chunk, tile = tiling(len(states), part.shape[1], chunk_size)
         softmax = _softmax(states, part, local_targets, chunk=chunk, tile=tile)
-        scaled = _rescale(softmax, lax.pmax(softmax.maximum, "tensor"))
-        whole = _Softmax(scaled.maximum, *lax.psum(scaled[1:], "tensor"))
-        results = (*_finish(whole), whole.maximum, whole.normalizer)
+        scaled = rescale(jnp, softmax, lax.pmax(softmax.maximum, "tensor"))
+        whole = Softmax(scaled.maximum, *lax.psum(scaled[1:], "tensor"))
+        results = (*finish(jnp, whole), whole.maximum, whole.normalizer)
         return tuple(values.T.reshape(targets.shape) for values in results)
 
     states, part, entries = _specs(hidden, unembedding, targets)
@@ -341,7 +267,7 @@ def _sharded_forward(hidden, unembedding, targets, chunk_size):
 def _sharded_backward(chunk_size, residuals, cotangents):
     def local(hidden: Array, part: Array, targets: Array, *by_entry: Array) -> tuple[Array, Array]:
         states, whole_width, local_targets = _local(hidden, sharding.gather_width(part, axis=-2), targets)
-        chunk, tile = _tiling(len(states), whole_width.shape[1], chunk_size)
+        chunk, tile = tiling(len(states), whole_width.shape[1], chunk_size)
         by_entry = (values.reshape(len(states), -1).T for values in by_entry)
         d_states, d_part = _gradients(states, whole_width, local_targets, *by_entry, chunk=chunk, tile=tile)
         d_part = d_part.reshape(*part.shape[:-2], -1, part.shape[-1])

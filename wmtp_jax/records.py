@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 Array = Any  # of either backend
@@ -41,6 +42,27 @@ class StepMetrics(NamedTuple):
         heads = {f"train/ce_head_{k}": value for k, value in enumerate(self.ce_head.tolist())}
         named = {f"train/{name}": float(getattr(self, name)) for name in scalars}
         return {**named, **heads, "train/learning_rate": learning_rate}
+
+
+def masked_head_means(arrays: ModuleType, loss: Array, mask: Array) -> Array:
+    """Unweighted mean of `loss [..., S, H]` over the valid entries of every head, `[H]`; 0 for a head without any."""
+    axes = tuple(range(mask.ndim - 1))
+    return arrays.where(mask, loss, 0.0).sum(axes) / arrays.clip(mask.sum(axes), 1, None)
+
+
+def step_metrics(
+    arrays: ModuleType, library: ModuleType, done: WeightedLoss, mask: Array, *, grad_norm: Array, finite: Array
+) -> StepMetrics:
+    """What an update is judged by. `arrays` is `jax.numpy` or `torch`, `library` the `weighting` module of that backend."""
+    return StepMetrics(
+        loss=done.loss,
+        ce_head=masked_head_means(arrays, done.losses, mask),
+        value_loss=done.value_loss,
+        weight_entropy=library.weight_entropy(done.weights, mask),
+        effective_sample_fraction=library.effective_sample_fraction(done.weights, mask),
+        grad_norm=grad_norm,
+        finite=finite,
+    )
 
 
 class ValueMetrics(NamedTuple):

@@ -57,6 +57,10 @@ class ModelSettings:
     lora_rank: int = 0
     lora_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check("head kind", self.head_kind, "linear", "block", "sequential")
+        _check("remat", self.remat, "none", "layer", "dots")
+
 
 @dataclasses.dataclass(frozen=True)
 class Weighting:
@@ -128,6 +132,14 @@ class OptimizerSettings:
     decay_fraction: float
     final_fraction: float
     value_learning_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("optimizer", self.name, "adamw", "muon")
+
+
+def _check(what: str, given: str, *known: str) -> None:
+    if given not in known:
+        raise ValueError(f"{what} {given!r}: must be one of {', '.join(known)}")
 
 
 def rotary_frequencies(settings: ModelSettings) -> np.ndarray:

@@ -19,7 +19,7 @@ from wmtp_jax import algorithms, weighting
 from wmtp_jax import critic as critics
 from wmtp_jax.losses import TokenStatistics, token_statistics, weighted_mean
 from wmtp_jax.model import Model, Parameters, merge, separate, unite
-from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss
+from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss, step_metrics
 from wmtp_jax.settings import Critic, Weighting
 from wmtp_jax.trainable import ALL, Trainable
 
@@ -252,13 +252,6 @@ def _parts(tree: Any, count: int) -> tuple[Any, Callable[[Array], Array]]:
 # ---- the update ----------------------------------------------------------------------------------------------------
 
 
-def masked_head_means(loss: Array, mask: Array) -> Array:
-    """Unweighted mean of `loss [..., S, H]` over the valid entries of every head, `[H]`; 0 for a head without any."""
-    axes = tuple(range(mask.ndim - 1))
-    counts = mask.sum(axis=axes).astype(loss.dtype)
-    return jnp.where(mask, loss, 0.0).sum(axis=axes) / jnp.maximum(counts, 1.0)
-
-
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -291,17 +284,9 @@ def train_step(
         trainable=trainable,
     )
     state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer, trainable)
-    metrics = StepMetrics(
-        loss=done.loss,
-        ce_head=masked_head_means(done.losses, batch["mask"]),
-        value_loss=done.value_loss,
-        weight_entropy=weighting.weight_entropy(done.weights, batch["mask"]),
-        effective_sample_fraction=weighting.effective_sample_fraction(done.weights, batch["mask"]),
-        # Of the model alone: a figure that means the same for every algorithm.
-        grad_norm=optax.tree.norm({k: v for k, v in done.gradients.items() if k != "value_head"}),
-        finite=finite,
-    )
-    return state, metrics
+    # Of the model alone: a figure that means the same for every algorithm.
+    norm = optax.tree.norm({k: v for k, v in done.gradients.items() if k != "value_head"})
+    return state, step_metrics(jnp, weighting, done, batch["mask"], grad_norm=norm, finite=finite)
 
 
 def value_step(

@@ -37,6 +37,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from wmtp_jax import checks
 from wmtp_jax.checks import Scope, check_interval, check_rank, check_same_shape, check_temperature, scope_axes
 
 Array = jax.Array
@@ -307,11 +308,8 @@ def exponential(scores: Array, mask: Array, *, temperature: float, low: float, h
     scores, mask = _masked(scores, mask)
     axes = scope_axes(scope, mask.ndim)
     check_temperature(temperature)
-    check_interval(0.0, math.inf, low=low, high=high)
-    if low > high:
-        raise ValueError(f"low must not exceed high, but {low} > {high}")
     # Clipping the exponent instead of the exponential: an outlier's score can't overflow.
-    exponent = jnp.clip(_standardize(scores, mask, axes) / temperature, _log(low), _log(high))
+    exponent = jnp.clip(_standardize(scores, mask, axes) / temperature, *checks.log_limits(low, high))
     return _mean_one_exp(exponent, mask, axes)
 
 
@@ -475,18 +473,9 @@ def combine(weights: Array, mask: Array, *, coefficients: Sequence[float], scope
       ValueError: shapes that differ, an unknown scope, or coefficients of another number, negative or all 0.
     """
     weights, mask = jnp.asarray(weights), jnp.asarray(mask)
-    if weights.shape[1:] != mask.shape or len(coefficients) != weights.shape[0]:
-        raise ValueError(
-            f"weights {tuple(weights.shape)} must be [n, ..., S, H] for a mask {tuple(mask.shape)} and n = {len(coefficients)}"
-            " coefficients"
-        )
-    check_interval(0.0, math.inf, **{f"coefficients[{i}]": c for i, c in enumerate(coefficients)})
-    total = sum(coefficients)
-    if total == 0:
-        raise ValueError("coefficients must not all be 0")
     product = 1.0
-    for member, coefficient in zip(weights, coefficients, strict=True):
-        product = product * _masked(member, mask)[0] ** (coefficient / total)
+    for member, share in zip(weights, checks.shares(coefficients, weights, mask), strict=True):
+        product = product * _masked(member, mask)[0] ** share
     return normalize(product, mask, scope=scope)
 
 
@@ -687,7 +676,3 @@ def _safe_sqrt(x: Array) -> Array:
     """Square root of x >= 0 whose derivative at 0 is 0, not infinite."""
     zero = x == 0
     return jnp.where(zero, 0.0, jnp.sqrt(jnp.where(zero, 1.0, x)))
-
-
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf

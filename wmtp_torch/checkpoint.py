@@ -44,10 +44,8 @@ class Checkpoints(StepDirectories):
         """
         self.wait()  # before there is another copy
         counts = {"step": state.step, "skipped": int(state.skipped), "count": int(state.optimizer_state.count)}
-        files = {
-            FILE: (_to_host(state.parameters), {"backend": BACKEND, **metadata}),
-            _TRAINING: (_to_host(_moments(state)), counts),
-        }
+        described = {"backend": BACKEND, **metadata}
+        files = {FILE: (_to_host(state.parameters), described), _TRAINING: (_to_host(_moments(state)), counts)}
         self.write(state.step, files, metrics)
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -66,7 +64,7 @@ class Checkpoints(StepDirectories):
         check_shapes(stored, wanted, where)
         with torch.no_grad():
             for name, tensor in wanted.items():
-                tensor.copy_(_tensor(stored[name]))
+                tensor.copy_(as_tensor(stored[name]))
             like.skipped.fill_(counts["skipped"])
             like.optimizer_state.count.fill_(counts["count"])
         return like._replace(step=counts["step"])
@@ -86,7 +84,7 @@ def load_model(path: str | Path, *, device: torch.device | str = "cpu") -> tuple
     settings = ModelSettings(**metadata["model"])
     value_head = any(name.startswith("value_head.") for name in named)
     check_shapes(named, dict(Model(settings, value_head=value_head).named_parameters()), where)
-    return merge(settings, {name: _tensor(array).to(device) for name, array in named.items()}), metadata
+    return merge(settings, {name: as_tensor(array).to(device) for name, array in named.items()}), metadata
 
 
 def _moments(state: TrainState) -> Parameters:
@@ -99,6 +97,8 @@ def _to_host(tensors: Parameters) -> dict[str, np.ndarray]:
     return {name: tensor.detach().to("cpu", copy=True).numpy() for name, tensor in tensors.items()}
 
 
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    # A copy: the file's map is read-only, which torch can't express.
-    return torch.from_numpy(array.copy())
+def as_tensor(x: Any) -> torch.Tensor:
+    """An array as a tensor; memory that may be written is taken over, what belongs to a file's read-only map is copied."""
+    if torch.is_tensor(x):
+        return x
+    return torch.from_numpy(x if x.flags.writeable and x.flags.c_contiguous else np.array(x))

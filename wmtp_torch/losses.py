@@ -7,28 +7,14 @@ order, are in both backends.
 
 from __future__ import annotations
 
-import math
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from wmtp_jax.softmax import Softmax, TokenStatistics, check_arguments, finish, merge, tiling
+
 Array = torch.Tensor
-
-# Tokens and vocabulary entries of one tile of logits.
-_CHUNK = 1024
-_TILE = 1024
-# Logits up to this many elements (16 MiB in float32) are one tile: small models pay for no loop.
-_SINGLE_TILE = 1 << 22
-
-
-class TokenStatistics(NamedTuple):
-    """What the softmax says about each token: arrays of the shape of the targets, float32 or better."""
-
-    loss: Array
-    entropy: Array
-    squared_probability_sum: Array
 
 
 def token_statistics(
@@ -61,24 +47,10 @@ def token_statistics(
     Raises:
       ValueError: shapes that do not fit, or a chunk size below 1.
     """
-    *heads, width, vocabulary = unembedding.shape
-    tokens_shape = targets.shape[: targets.ndim - len(heads)]
-    if len(heads) > 1 or targets.shape != (*tokens_shape, *heads) or hidden.shape != (*tokens_shape, width):
-        raise ValueError(
-            f"shapes do not fit: hidden {tuple(hidden.shape)}, unembedding {tuple(unembedding.shape)}, "
-            f"targets {tuple(targets.shape)}; expected [..., D], [D, V], [...] or [..., D], [H, D, V], [..., H]"
-        )
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: expected 1 or more tokens, or None")
-    tokens = math.prod(tokens_shape)
-    chunk, tile = _tiling(tokens, vocabulary, chunk_size)
-    statistics = _TokenStatistics.apply(
-        hidden.reshape(tokens, width),
-        unembedding.reshape(-1, vocabulary),
-        targets.reshape(tokens, math.prod(heads)).T.long(),
-        chunk,
-        tile,
-    )
+    tokens, heads = check_arguments(hidden, unembedding, targets, chunk_size)
+    width, vocabulary = unembedding.shape[-2:]
+    arrays = hidden.reshape(tokens, width), unembedding.reshape(-1, vocabulary), targets.reshape(tokens, heads).T.long()
+    statistics = _TokenStatistics.apply(*arrays, *tiling(tokens, vocabulary, chunk_size))
     return TokenStatistics(*(values.T.reshape(targets.shape) for values in statistics))
 
 
@@ -107,62 +79,25 @@ def weighted_mean(loss: Array, weights: Array, mask: Array, *, denominator: Arra
     return torch.where(empty, 0, terms.sum() / torch.where(empty, 1, count))
 
 
-class _Softmax(NamedTuple):
-    """What a part of the vocabulary knows about each token's softmax, `[tokens]` each; parts merge in any order.
-
-    With d = z - maximum and e = exp(d): sums of e, e d and e², and the logit of the target, 0 where the target lies in
-    another part. Entropy from e d (never positive) and a normalizer (never below 1) can't cancel or turn negative.
-    """
-
-    maximum: Array
-    normalizer: Array
-    weighted_shift: Array
-    squared_sum: Array
-    target_logit: Array
-
-
-def _tiling(tokens: int, vocabulary: int, chunk_size: int | None) -> tuple[int, int]:
-    """Returns the tokens and the vocabulary entries of a tile, as even as can be."""
-    if chunk_size is None:
-        chunk_size = tokens if tokens * vocabulary <= _SINGLE_TILE else _CHUNK
-    if tokens <= chunk_size and tokens * vocabulary <= _SINGLE_TILE:
-        return tokens, vocabulary
-    chunk = math.ceil(tokens / math.ceil(tokens / chunk_size))
-    even = math.ceil(vocabulary / math.ceil(vocabulary / _TILE))
-    return chunk, min(vocabulary, math.ceil(even / 64) * 64)  # 64: whole vectors and matrix fragments
-
-
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden: Array, unembedding: Array, targets: Array, chunk: int, tile: int
-    ) -> tuple[Array, Array, Array]:
+    def forward(ctx, hidden: Array, unembedding: Array, targets: Array, chunk: int, tile: int) -> tuple[Array, ...]:
         softmax = _softmax(hidden, unembedding, targets, chunk=chunk, tile=tile)
-        loss, entropy, squared_probability_sum = _finish(softmax)
+        statistics = finish(torch, softmax)
         # Saved in two parts: the sum, maximum + log(normalizer), would lose digits where logits are large.
         ctx.save_for_backward(hidden, unembedding, targets, softmax.maximum, softmax.normalizer)
-        ctx.mark_non_differentiable(entropy, squared_probability_sum)
-        ctx.chunk, ctx.tile = chunk, tile
-        return loss, entropy, squared_probability_sum
+        ctx.mark_non_differentiable(statistics.entropy, statistics.squared_probability_sum)
+        ctx.tiling = {"chunk": chunk, "tile": tile}
+        return tuple(statistics)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, cotangent: Array, *_: Array) -> tuple[Array | None, ...]:  # pyrefly: ignore[bad-override]  # as torch calls it
-        gradients = _gradients(
-            *ctx.saved_tensors, cotangent, chunk=ctx.chunk, tile=ctx.tile, needed=ctx.needs_input_grad[:2]
-        )
+        gradients = _gradients(*ctx.saved_tensors, cotangent, needed=ctx.needs_input_grad[:2], **ctx.tiling)
         return *gradients, None, None, None
 
 
-def _finish(softmax: _Softmax) -> tuple[Array, Array, Array]:
-    """Returns loss, entropy and squared probability sum from the softmax over the whole vocabulary."""
-    log_normalizer = torch.log(softmax.normalizer)
-    loss = log_normalizer + (softmax.maximum - softmax.target_logit)
-    entropy = log_normalizer - softmax.weighted_shift / softmax.normalizer
-    return loss, entropy, softmax.squared_sum / softmax.normalizer**2
-
-
-def _softmax(hidden: Array, unembedding: Array, targets: Array, *, chunk: int, tile: int) -> _Softmax:
+def _softmax(hidden: Array, unembedding: Array, targets: Array, *, chunk: int, tile: int) -> Softmax:
     """Returns the softmax of `hidden [tokens, D]` over `unembedding [heads · D, part of V]`, `[heads, tokens]` each.
 
     `targets [heads, tokens]` count from the part's first entry; one outside the part matches nothing.
@@ -174,17 +109,17 @@ def _softmax(hidden: Array, unembedding: Array, targets: Array, *, chunk: int, t
     for head, rows in product(range(heads), _spans(tokens, chunk)):
         states = hidden[rows].to(dtype)
         zeros = torch.zeros_like(states[:, 0])
-        softmax = _Softmax(zeros + torch.finfo(dtype).min / 2, zeros, zeros, zeros, zeros)
+        softmax = Softmax(zeros + torch.finfo(dtype).min / 2, zeros, zeros, zeros, zeros)
         for columns in _spans(vocabulary, tile):
             matrix = unembedding[head * width : (head + 1) * width, columns].to(dtype)
             logits, scratch = (part[: len(states) * matrix.shape[1]].view(len(states), -1) for part in workspace)
             torch.mm(states, matrix, out=logits)
-            softmax = _merge(softmax, _tile_softmax(logits, targets[head, rows] - columns.start, scratch))
+            softmax = merge(torch, softmax, _tile_softmax(logits, targets[head, rows] - columns.start, scratch))
         stacked[:, head, rows] = torch.stack(softmax)
-    return _Softmax(*stacked)
+    return Softmax(*stacked)
 
 
-def _tile_softmax(logits: Array, targets: Array, scratch: Array) -> _Softmax:
+def _tile_softmax(logits: Array, targets: Array, scratch: Array) -> Softmax:
     """Returns the softmax over a tile, of which nothing is left in `logits`: one buffer more, `scratch`, is enough."""
     index, inside = _pick(targets, logits.shape[1])
     target_logit = torch.where(inside, logits.gather(1, index), 0)[:, 0]
@@ -193,25 +128,7 @@ def _tile_softmax(logits: Array, targets: Array, scratch: Array) -> _Softmax:
     exponential = torch.exp(shift, out=scratch)
     normalizer = exponential.sum(dim=1)
     weighted_shift = shift.mul_(exponential).sum(dim=1)
-    return _Softmax(maximum, normalizer, weighted_shift, exponential.square_().sum(dim=1), target_logit)
-
-
-def _merge(left: _Softmax, right: _Softmax) -> _Softmax:
-    maximum = torch.maximum(left.maximum, right.maximum)
-    left, right = _rescale(left, maximum), _rescale(right, maximum)
-    return _Softmax(maximum, *(a + b for a, b in zip(left[1:], right[1:], strict=True)))
-
-
-def _rescale(softmax: _Softmax, maximum: Array) -> _Softmax:
-    shift = softmax.maximum - maximum
-    scale = torch.exp(shift)
-    return _Softmax(
-        maximum,
-        scale * softmax.normalizer,
-        scale * (softmax.weighted_shift + shift * softmax.normalizer),
-        scale * scale * softmax.squared_sum,
-        softmax.target_logit,
-    )
+    return Softmax(maximum, normalizer, weighted_shift, exponential.square_().sum(dim=1), target_logit)
 
 
 def _gradients(

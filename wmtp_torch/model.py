@@ -95,17 +95,14 @@ class Norm(nn.Module):
 
     def __init__(self, size: int, settings: ModelSettings, *, initial: Initial, kind: str | None = None):
         super().__init__()
-        self.kind = kind or settings.norm
-        self.epsilon = settings.norm_epsilon
-        self.scale = initial.full(1.0, size)
-        if self.kind == "layernorm":
-            self.bias = initial.full(0.0, size)
+        self.epsilon, self.scale = settings.norm_epsilon, initial.full(1.0, size)
+        self.bias = initial.full(0.0, size) if (kind or settings.norm) == "layernorm" else None
 
     def forward(self, x: Array) -> Array:
         wide, size = x.float(), x.shape[-1:]
-        if self.kind == "layernorm":
-            return F.layer_norm(wide, size, self.scale, self.bias, self.epsilon).to(x.dtype)
-        return F.rms_norm(wide, size, self.scale, self.epsilon).to(x.dtype)
+        if self.bias is None:
+            return F.rms_norm(wide, size, self.scale, self.epsilon).to(x.dtype)
+        return F.layer_norm(wide, size, self.scale, self.bias, self.epsilon).to(x.dtype)
 
 
 class Projection(nn.Module):
@@ -146,16 +143,12 @@ class Attention(nn.Module):
         self.query, self.key, self.value = (project(size, bias=bias) for size in (inner, inner_kv, inner_kv))
         bias = s.output_bias or s.linear_bias
         self.output = make(inner, s.width, bias=bias, scale=_residual_scale(s))
-        self.qk_norm = s.qk_norm
-        if s.qk_norm:
-            self.query_norm = Norm(s.head_dim, s, kind="rmsnorm", initial=initial)
-            self.key_norm = Norm(s.head_dim, s, kind="rmsnorm", initial=initial)
+        norms = (Norm(s.head_dim, s, kind="rmsnorm", initial=initial) if s.qk_norm else None for _ in range(2))
+        self.query_norm, self.key_norm = norms
 
     def forward(self, x: Array, context: Context) -> Array:
-        query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.query, self.key, self.value)
-        )
-        if self.qk_norm:
+        query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
+        if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if context.rotary is not None:
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
@@ -168,18 +161,16 @@ class FeedForward(nn.Module):
     def __init__(self, settings: ModelSettings, *, initial: Initial):
         super().__init__()
         s = settings
-        adapter = (s.lora_rank, s.lora_scale)
-        options = {"bias": s.mlp_bias or s.linear_bias, "initial": initial, "adapter": adapter}
-        self.gated = s.activation == "swiglu"
-        if self.gated:
-            self.gate = Projection(s.width, s.mlp_width, scale=s.initial_scale, **options)
-        self.up = Projection(s.width, s.mlp_width, scale=s.initial_scale, **options)
+        options = {"bias": s.mlp_bias or s.linear_bias, "initial": initial, "adapter": (s.lora_rank, s.lora_scale)}
+        widen = functools.partial(Projection, s.width, s.mlp_width, scale=s.initial_scale, **options)
+        self.gate = widen() if s.activation == "swiglu" else None
+        self.up = widen()
         self.down = Projection(s.mlp_width, s.width, scale=_residual_scale(s), **options)
 
     def forward(self, x: Array) -> Array:
-        if self.gated:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Layer(nn.Module):
@@ -208,8 +199,7 @@ def unstack(stacked: nn.Module | None) -> list[Callable[..., Array]]:
         return []
     named = dict(stacked.named_parameters())
     parts = zip(*(parameter.unbind() for parameter in named.values()), strict=True)
-    module = [dict(zip(named, part, strict=True)) for part in parts]
-    return [functools.partial(_call, stacked, parameters) for parameters in module]
+    return [functools.partial(_call, stacked, dict(zip(named, part, strict=True))) for part in parts]
 
 
 def _call(module: nn.Module, parameters: Parameters, *arguments: Array | Context) -> Array:
@@ -273,9 +263,7 @@ class Model(nn.Module):
       generator: of random parameters; None: shapes alone, for `merge`.
     """
 
-    def __init__(
-        self, settings: ModelSettings, *, value_head: bool = False, generator: torch.Generator | None = None
-    ):
+    def __init__(self, settings: ModelSettings, *, value_head: bool = False, generator: torch.Generator | None = None):
         super().__init__()
         s, initial = settings, Initial(generator)
         self.settings, self.dtype = s, getattr(torch, s.compute_dtype)
@@ -297,8 +285,6 @@ class Model(nn.Module):
                 self.heads = stack(layer, s.num_heads, initial=initial)
             case "sequential":
                 self.heads = stack(functools.partial(SequentialHead, plain), s.num_heads - 1, initial=initial)
-            case _:
-                raise ValueError(f"head kind {s.head_kind!r}: must be linear, block or sequential")
         self.value_head = ValueHead(s, initial=initial) if value_head else None
 
     # ---- the trunk -------------------------------------------------------------------------------------------------
@@ -379,14 +365,12 @@ class Model(nn.Module):
         `tokens [B, S]` int; without `segment_ids` every row is one segment and every token is real.
         """
         tokens, s = torch.as_tensor(tokens, device=self.embedding.device), self.settings
-        if segment_ids is None:
-            if s.positions == "learned" and tokens.shape[-1] > s.max_positions:
-                raise ValueError(f"{tokens.shape[-1]} tokens: the model has {s.max_positions} learned positions")
-            segment_ids = torch.ones_like(tokens)
-        segment_ids = torch.as_tensor(segment_ids, device=tokens.device)
-        if positions is None:
-            positions = segment_positions(segment_ids.cpu().numpy())
-        positions = torch.as_tensor(positions, device=tokens.device)
+        if segment_ids is None and s.positions == "learned" and tokens.shape[-1] > s.max_positions:
+            raise ValueError(f"{tokens.shape[-1]} tokens: the model has {s.max_positions} learned positions")
+        given = torch.ones_like(tokens) if segment_ids is None else segment_ids
+        segment_ids = torch.as_tensor(given, device=tokens.device)
+        given = segment_positions(segment_ids.cpu().numpy()) if positions is None else positions
+        positions = torch.as_tensor(given, device=tokens.device)
         context = self.context(segment_ids, positions)
         shared, logits = self.trunk(tokens, positions, context), []
         for states, unembedding in self.head_groups(shared, tokens, context):
@@ -396,16 +380,11 @@ class Model(nn.Module):
 
 
 def _remat(function: Callable[..., Array], kind: str) -> Callable[..., Array]:
-    again = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-    match kind:
-        case "none":
-            return function
-        case "layer":
-            return again
-        case "dots":
-            kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
-            return functools.partial(again, context_fn=kept)
-    raise ValueError(f"remat {kind!r}: must be none, layer or dots")
+    if kind == "none":
+        return function
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    options = {"context_fn": kept} if kind == "dots" else {}
+    return functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 # ---- a model and its parameters ----------------------------------------------------------------------------------------

@@ -46,8 +46,6 @@ class Optimizer:
     """
 
     def __init__(self, settings: OptimizerSettings, total_steps: int, *, device: torch.device | str = "cpu"):
-        if settings.name not in ("adamw", "muon"):
-            raise ValueError(f"optimizer {settings.name!r}: must be adamw or muon")
         self.settings = settings
         factor = make_schedule(settings, total_steps)
         # A table of every step: how many updates were made, only the device knows.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from wmtp_jax import loop, summary
 from wmtp_jax.cli import StopSignals
+from wmtp_jax.config import check_one_device
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.errors import UserError
 from wmtp_jax.experiment import critic_settings, optimizer_settings, total_steps, trainable, weighting_settings
@@ -29,30 +30,13 @@ from wmtp_jax.pretrained import Published, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.stages import Stage, finish_model, finish_values, plan_rows, run_experiment
-from wmtp_torch.checkpoint import Checkpoints, load_model
+from wmtp_torch import train_step as steps
+from wmtp_torch.checkpoint import Checkpoints, as_tensor, load_model
 from wmtp_torch.model import Model, initial_parameters, merge
 from wmtp_torch.optimizer import Optimizer, make_schedule
-from wmtp_torch.train_step import (
-    Batch,
-    TrainState,
-    head_statistics,
-    initial_state,
-    inspect_tokens,
-    reference_token_loss,
-    shared_states,
-    token_values,
-    train_step,
-    value_step,
-    value_sums,
-)
+from wmtp_torch.train_step import Batch, TrainState
 
-# `stages.Backend`, which this module is, and the command's entry.
-__all__ = [
-    "NAME", "check_stage", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "train",
-    "train_model", "train_values",
-]  # fmt: skip
-
-NAME = "torch"
+NAME = "torch"  # this and what has no underscore below are `stages.Backend`
 
 
 def train(config: ConfigDict, **options: Any) -> None:
@@ -66,12 +50,7 @@ def choose_device(name: str | None, config: ConfigDict) -> torch.device:
     Raises:
       UserError: there is no such device here, or the configuration asks for several.
     """
-    for axis, size in config.mesh.items():
-        # All that is there is one device; but to ask for parameters in parts is to ask for what fits no single one.
-        if size > 1 or (size == -1 and axis != "data"):
-            raise UserError(
-                f"config.mesh.{axis} = {size}: the torch backend trains on one device; set it to 1, or train with wmtp_jax.main"
-            )
+    check_one_device(config)
     present = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     if name is None:
         return torch.device(next(kind for kind, there in present.items() if there))
@@ -102,21 +81,17 @@ def load_reference(path: str | Path, device: torch.device) -> tuple[Model, dict[
     return model.to(device).requires_grad_(False), metadata
 
 
-def next_token_loss(
-    reference: Model, device: torch.device, tokens: np.ndarray, segment_ids: np.ndarray
-) -> np.ndarray:
-    batch = make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1)
-    return reference_token_loss(reference, _move(batch, device)).cpu().numpy()
+def next_token_loss(reference: Model, device: torch.device, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    return steps.reference_token_loss(reference, _batch(tokens, segment_ids, device)).cpu().numpy()
 
 
 def load_reward_model(published: Published, device: torch.device) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     model = _published(published, device)
-    score = torch.from_numpy(np.ascontiguousarray(published.read("score"))).to(device)
+    score = as_tensor(published.read("score")).to(device)
 
     @torch.no_grad()
     def numbers(tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-        batch = _move(make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1), device)
-        return (shared_states(model, batch) @ score)[..., 0].cpu().numpy()
+        return (steps.shared_states(model, _batch(tokens, segment_ids, device)) @ score)[..., 0].cpu().numpy()
 
     return numbers
 
@@ -125,7 +100,7 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
     """Trains a model and its heads; with a critic, its value head beside them."""
     config, settings = stage.config, stage.model
     weighting, critic = weighting_settings(config), critic_settings(config)
-    steps, seed, chunk_size = total_steps(config, stage.corpus), config.train.seed, config.train.loss_chunk or None
+    seed, chunk_size = config.train.seed, config.train.loss_chunk or None
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     if stage.trunk is None:
@@ -134,12 +109,12 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
         parameters = _place(stage.initial(_shapes(settings, value_head=critic is not None)), device)
     model, trained = merge(settings, parameters), trainable(config)
     parameters = {n: p.requires_grad_(trained.first(n) is not None) for n, p in model.named_parameters()}
-    optimizer = Optimizer(optimizer_settings(config), steps, device=device)
+    optimizer = Optimizer(optimizer_settings(config), total_steps(config, stage.corpus), device=device)
 
     # ---- functions of a step -----------------------------------------------------------------------------------------
     shared = {"settings": weighting, "critic": critic, "reference": stage.reference, "seed": seed, "chunk_size": chunk_size}
     options = {"accumulation": config.train.accumulation, "trainable": trained, **shared}
-    step = functools.partial(train_step, model=model, optimizer=optimizer, **options)
+    step = functools.partial(steps.train_step, model=model, optimizer=optimizer, **options)
     token_bytes, token_batch = torch.from_numpy(stage.corpus.tokenizer.token_bytes).to(device), stage.token_batch
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
@@ -147,12 +122,12 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
         return stage.evaluate(lambda b: _batch_sums(model, _move(b, device), token_bytes, chunk_size), values)
 
     def inspect_state(state: TrainState) -> dict[str, Any]:
-        entries = inspect_tokens(model, _move(token_batch, device), state.step, **shared)
+        entries = steps.inspect_tokens(model, _move(token_batch, device), state.step, **shared)
         return {**token_batch, **{name: tensor.detach().cpu().numpy() for name, tensor in entries.items()}}
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     inspect = inspect_state if token_batch is not None else None
-    start = initial_state(parameters, optimizer, trained)
+    start = steps.initial_state(parameters, optimizer, trained)
     state, best = _run(stage, device, signals, start, step=step, evaluate=evaluate_state, inspect=inspect)
 
     # ---- what it learned ---------------------------------------------------------------------------------------------
@@ -164,7 +139,6 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
 def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> None:
     """Trains a value head on a frozen model: stage 1 of the critic."""
     config, settings, critic = stage.config, stage.model, critic_settings(stage.config)
-    steps = total_steps(config, stage.corpus)
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     fresh = initial_parameters(settings, config.train.seed, value_head=True)
@@ -172,18 +146,18 @@ def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> No
     trunk = _place(stage.initial(_shapes(settings)), device)
     model = merge(settings, {**trunk, **_move(head, device)}).requires_grad_(False)
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if name in head}
-    optimizer = Optimizer(optimizer_settings(config), steps, device=device)
+    optimizer = Optimizer(optimizer_settings(config), total_steps(config, stage.corpus), device=device)
 
     # ---- functions of a step -----------------------------------------------------------------------------------------
     options = {"critic": critic, "accumulation": config.train.accumulation}
-    step = functools.partial(value_step, model=model, optimizer=optimizer, **options)
+    step = functools.partial(steps.value_step, model=model, optimizer=optimizer, **options)
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
         return stage.evaluate(None, lambda b: _value_sums(model, _move(b, device), critic.discount))
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
-    start = initial_state(parameters, optimizer)
-    state, best = _run(stage, device, signals, start, step=step, evaluate=evaluate_state)
+    start = steps.initial_state(parameters, optimizer)
+    state, best = _run(stage, device, signals, start, step=step, evaluate=evaluate_state, inspect=None)
     finish_values(stage, step=state.step, skipped=int(state.skipped), best=best)
     _release(device)
 
@@ -192,15 +166,14 @@ def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> No
 
 
 def _run(
-    stage: Stage, device: torch.device, signals: StopSignals, state: TrainState, *, step: Callable, evaluate: Callable,
-    inspect: Callable | None = None,
-) -> tuple[TrainState, int | None]:  # fmt: skip
+    stage: Stage, device: torch.device, signals: StopSignals, state: TrainState, *, step: Callable, **functions: Any
+) -> tuple[TrainState, int | None]:
     """A stage through the loop, from its first state: the last state, and the step of the best checkpoint."""
     training = stage.training(
         NAME, device=f"torch on {device.type}", parameters=sum(p.numel() for p in state.parameters.values()),
         rate=make_schedule(optimizer_settings(stage.config), total_steps(stage.config, stage.corpus)),
         checkpoints=Checkpoints, state=state, update=lambda state, batch: step(state, _move(batch, device)),
-        explain=_explain, evaluate=evaluate, inspect=inspect, peak_flops=_peak_flops(device),
+        explain=_explain, peak_flops=_peak_flops(device), **functions,
     )  # fmt: skip
     return loop.run(training, stage.config, stage.directory, stage.corpus, signals, use_grain=False)
 
@@ -208,15 +181,15 @@ def _run(
 @torch.no_grad()
 def _batch_sums(model: Model, batch: Batch, token_bytes: torch.Tensor, chunk_size: int | None) -> tuple:
     """Sums over one batch: nats `[H]`, targets `[H]`, bytes of head 0's targets (scalar)."""
-    loss, mask = head_statistics(model, batch, chunk_size=chunk_size).loss, batch["mask"]
+    loss, mask = steps.head_statistics(model, batch, chunk_size=chunk_size).loss, batch["mask"]
     head_0_bytes = torch.where(mask[..., 0], token_bytes[batch["targets"][..., 0].long()], 0)
     return tuple(x.cpu() for x in (torch.where(mask, loss, 0.0).sum((0, 1)), mask.sum((0, 1)), head_0_bytes.sum()))
 
 
 @torch.no_grad()
 def _value_sums(model: Model, batch: Batch, discount: float) -> tuple:
-    values = token_values(model, shared_states(model, batch))
-    sums = value_sums(values, batch["rewards"], batch["rewarded"], batch["segment_ids"], discount=discount)
+    values = steps.token_values(model, steps.shared_states(model, batch))
+    sums = steps.value_sums(values, batch["rewards"], batch["rewarded"], batch["segment_ids"], discount=discount)
     return tuple(x.cpu() for x in sums)
 
 
@@ -227,9 +200,9 @@ def _sample(
     """A forward pass over the whole row for every token: the plain way, fine for a few short samples."""
     tokens, generator = torch.from_numpy(prompts).long(), torch.Generator().manual_seed(seed)
     for _ in range(new_tokens):
-        batch = make_batch({"tokens": tokens.numpy(), "segment_ids": np.ones(tokens.shape)}, num_heads=1)
-        states, unembedding = model.head_groups(shared_states(model, b := _move(batch, device)), b["tokens"],
-                                                model.context(b["segment_ids"], b["positions"]), num_heads=1)[0]
+        b = _batch(tokens.numpy(), np.ones(tokens.shape), device)
+        context = model.context(b["segment_ids"], b["positions"])
+        states, unembedding = model.head_groups(steps.shared_states(model, b), b["tokens"], context, num_heads=1)[0]
         logits = states.reshape(*tokens.shape, -1)[:, -1].float() @ unembedding.float().reshape(-1, unembedding.shape[-1])
         if temperature:
             chosen = torch.multinomial(torch.softmax(logits.cpu() / temperature, -1), 1, generator=generator)
@@ -239,20 +212,17 @@ def _sample(
     return tokens.numpy()
 
 
-def _move(arrays: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    # A copy first: a memory map is read-only, and a CPU device would train in it.
-    tensors = {n: x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for n, x in arrays.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+def _batch(tokens: np.ndarray, segment_ids: np.ndarray, device: torch.device) -> Batch:
+    return _move(make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1), device)
 
 
-def _place(named: Iterable[tuple[str, np.ndarray]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Arrays on the device, one after the other."""
-    placed = {}
-    for name, array in named:
-        # Published tensors come in memory of their own, which a CPU takes over; a checkpoint's are a read-only map.
-        own = array if array.flags.writeable and array.flags.c_contiguous else np.array(array)
-        placed[name] = torch.from_numpy(own).to(device)
-    return placed
+def _move(arrays: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
+    return _place(arrays.items(), device)
+
+
+def _place(named: Iterable[tuple[str, Any]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Arrays and tensors on the device, one after the other."""
+    return {name: as_tensor(x).to(device, non_blocking=True) for name, x in named}
 
 
 def _published(published: Published, device: torch.device) -> Model:
@@ -279,7 +249,5 @@ def _peak_flops(device: torch.device) -> float | None:
 
 def _release(device: torch.device) -> None:
     """Gives a finished stage's memory back to the device: allocators keep it for tensors of the same sizes."""
-    if device.type == "mps":
-        torch.mps.empty_cache()
-    elif device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()

@@ -13,7 +13,7 @@ import torch
 
 from wmtp_jax import algorithms
 from wmtp_jax import critic as critics
-from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss
+from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss, step_metrics
 from wmtp_jax.settings import Critic, Weighting
 from wmtp_jax.trainable import ALL, Trainable
 from wmtp_torch import weighting
@@ -68,8 +68,8 @@ def _statistics_and_states(model: Model, batch: Batch, *, chunk_size: int | None
     groups, start = [], 0
     for states, unembedding in model.head_groups(shared, batch["tokens"], context, num_heads=targets.shape[-1]):
         stop = start + (unembedding.shape[0] if unembedding.ndim == 3 else states.shape[-2])
-        narrow = unembedding.to(states.dtype)
-        groups.append(token_statistics(states, narrow, targets[..., start:stop], chunk_size=chunk_size))
+        part = targets[..., start:stop]
+        groups.append(token_statistics(states, unembedding.to(states.dtype), part, chunk_size=chunk_size))
         start = stop
     return TokenStatistics(*(torch.cat(parts, dim=-1) for parts in zip(*groups, strict=True))), shared
 
@@ -179,9 +179,8 @@ def loss_and_gradients(
         given = [part["weights"] for part in _parts({"weights": weights}, accumulation)]
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    gradients: Parameters = {}
     loss = of_values = torch.zeros_like(denominator)
-    entries = []
+    gradients, entries = {}, []
     for part, part_weights in zip(batches, given, strict=True):
         statistics, values = forward(part)
         weights = weigh(statistics, part, reference_of(part), values) if part_weights is None else part_weights
@@ -222,13 +221,6 @@ def _whole(parts: tuple[Array, ...]) -> Array:
 # ---- the update ----------------------------------------------------------------------------------------------------
 
 
-def masked_head_means(loss: Array, mask: Array) -> Array:
-    """Unweighted mean of `loss [..., S, H]` over the valid entries of every head, `[H]`; 0 for a head without any."""
-    axes = tuple(range(mask.ndim - 1))
-    counts = mask.sum(dim=axes).to(loss.dtype)
-    return torch.where(mask, loss, 0.0).sum(dim=axes) / counts.clamp(min=1.0)
-
-
 def train_step(
     state: TrainState, batch: Batch, *, model: Model, optimizer: Optimizer, trainable: Trainable = ALL, **settings: Any
 ) -> tuple[TrainState, StepMetrics]:
@@ -241,9 +233,7 @@ def train_step(
     # Of the model alone: a figure that means the same for every algorithm. Before the update, which clips in place.
     norm = global_norm([g for name, g in done.gradients.items() if not name.startswith("value_head.")])
     state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer, trainable)
-    means, entropy = masked_head_means(done.losses, batch["mask"]), weighting.weight_entropy(done.weights, batch["mask"])
-    share = weighting.effective_sample_fraction(done.weights, batch["mask"])
-    return state, StepMetrics(done.loss, means, done.value_loss, entropy, share, norm, finite)
+    return state, step_metrics(torch, weighting, done, batch["mask"], grad_norm=norm, finite=finite)
 
 
 def value_step(
@@ -260,12 +250,9 @@ def value_step(
       accumulation: parts that the rows go through in.
     """
     denominator = batch["rewarded"].sum().float()
-    gradients: Parameters = {}
-    loss = torch.zeros_like(denominator)
+    loss, gradients = torch.zeros_like(denominator), {}
     for part in _parts(batch, accumulation):
-        with torch.no_grad():
-            shared = shared_states(model, part)
-        values = token_values(model, shared)
+        values = token_values(model, torch.no_grad()(shared_states)(model, part))
         part_loss = _part_value_loss(values, part, critic, denominator)
         loss = loss + part_loss.detach()
         _add(gradients, state.parameters, part_loss)

@@ -20,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wmtp_jax.losses
+import wmtp_jax.softmax
 import wmtp_torch.losses
 
 STATISTICS = ("loss", "entropy", "squared_probability_sum")
@@ -39,10 +40,9 @@ CHUNK_SIZES = {SHAPES[0]: [None, 1, 3, 5, 100], SHAPES[1]: [3], SHAPES[2]: [4]}
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Constants that send small shapes through several tiles."""
-    for module in (wmtp_jax.losses, wmtp_torch.losses):
-        monkeypatch.setattr(module, "_CHUNK", 4)
-        monkeypatch.setattr(module, "_TILE", 64)
-        monkeypatch.setattr(module, "_SINGLE_TILE", 0)
+    monkeypatch.setattr(wmtp_jax.softmax, "CHUNK", 4)
+    monkeypatch.setattr(wmtp_jax.softmax, "TILE", 64)
+    monkeypatch.setattr(wmtp_jax.softmax, "SINGLE_TILE", 0)
 
 
 def example(shape, dtype="float64", seed=0):
@@ -98,7 +98,7 @@ def jax_statistics(hidden, unembedding, targets, cotangent, *, chunk_size):
 def actual_of(backend, arrays, *, chunk_size=None, jit=True):
     """What `expected_of` returns, from a backend."""
     if backend.name == "jax":
-        constants = tuple(getattr(wmtp_jax.losses, name) for name in ("_CHUNK", "_TILE", "_SINGLE_TILE"))
+        constants = (wmtp_jax.softmax.CHUNK, wmtp_jax.softmax.TILE, wmtp_jax.softmax.SINGLE_TILE)
         with jax.enable_x64(arrays[0].dtype == np.float64):
             run = jitted(chunk_size, constants) if jit else functools.partial(jax_statistics, chunk_size=chunk_size)
             return {name: np.asarray(x) for name, x in run(*map(jnp.asarray, arrays)).items()}

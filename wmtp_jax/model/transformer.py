@@ -96,8 +96,6 @@ class Model(nnx.Module):
                 self.heads = stack(lambda rngs: Layer(plain, rngs=rngs), s.num_heads, rngs=rngs)
             case "sequential":
                 self.heads = stack(lambda rngs: SequentialHead(plain, rngs=rngs), s.num_heads - 1, rngs=rngs)
-            case _:
-                raise ValueError(f"head kind {s.head_kind!r}: must be linear, block or sequential")
         self.value_head = ValueHead(s, rngs=rngs) if value_head else None
 
     # ---- the trunk -------------------------------------------------------------------------------------------------
