@@ -2,6 +2,7 @@
 loaded from what others wrote."""
 
 import ast
+import json
 import os
 import re
 import sqlite3
@@ -37,6 +38,20 @@ def test_addresses_are_shown_without_passwords(text, shown):
 
 
 PLANTED = "planted-7f3a9c"
+# Runs a module as `python -m` does and writes down every call of its process, whichever thread makes it, that asks for an address
+# or connects to one. The processes that it starts are not watched.
+WATCHED = """
+import runpy, sys
+record, module = sys.argv[1], sys.argv[2]
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+        with open(record, "a") as file:
+            print(event, arguments[-1], file=file)
+open(record, "w").close()
+sys.addaudithook(watch)
+sys.argv = [module, *sys.argv[3:]]
+runpy.run_module(module, run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module", params=["wmtp_jax", "wmtp_torch"])
@@ -53,7 +68,8 @@ def planted_run(request, python_corpus, tmp_path_factory):
         "tracking.uri": f"http://someone:{PLANTED}-uri@127.0.0.1:9",
     }  # fmt: skip
     names = ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "HF_TOKEN", "MLFLOW_TRACKING_TOKEN", "VESSL_ACCESS_TOKEN")
-    command = [sys.executable, "-m", f"{request.param}.main", "--config=configs/quickstart.py", "--device=cpu", "--verbose"]
+    command = [sys.executable, "-c", WATCHED, str(folder / "network"), f"{request.param}.main"]
+    command += ["--config=configs/quickstart.py", "--device=cpu", "--verbose"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
     done = subprocess.run(
         [*command, f"--workdir={folder / 'run'}"],
@@ -75,6 +91,19 @@ def test_a_run_leaves_no_secret_behind(planted_run):
     assert PLANTED not in printed
 
 
+def test_training_makes_no_network_call(planted_run):
+    """With a tracking server by address, down: all that goes there is another process's, at the start and at the end, too."""
+    folder, _ = planted_run
+    assert (folder / "network").read_text() == ""
+
+
+def test_a_network_call_would_have_been_seen(tmp_path):
+    (tmp_path / "calls.py").write_text("import socket\nsocket.socket().connect_ex(('127.0.0.1', 9))\n")
+    command = [sys.executable, "-c", WATCHED, str(tmp_path / "network"), "calls"]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
+    assert (tmp_path / "network").read_text() == "socket.connect ('127.0.0.1', 9)\n"
+
+
 def test_a_replay_brings_no_secret_to_mlflow(planted_run):
     folder, _ = planted_run
     store = folder / "replayed.db"
@@ -83,7 +112,13 @@ def test_a_replay_brings_no_secret_to_mlflow(planted_run):
     assert done.returncode == 0, done.stderr
     with sqlite3.connect(store) as connection:
         logged = dict(connection.execute("select key, value from params where key = 'tracking.uri'"))
+        stored = set(connection.execute("select key, step, value from metrics where not is_nan and key not like 'system/%'"))
     assert logged == {"tracking.uri": "http://***@127.0.0.1:9"}
+    points = set()
+    for path in (folder / "run" / "metrics.jsonl", folder / "run" / "reference" / "metrics.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            points |= {(key, line["step"], value) for key, value in line.items() if "/" in key and value is not None}
+    assert points and points <= stored, "a metric is missing after the replay"
     assert PLANTED.encode() not in store.read_bytes()
 
 

@@ -18,6 +18,8 @@ import pytest
 
 from wmtp_jax import tracking
 from wmtp_jax.errors import UserError
+from wmtp_jax.model_registry import model_files, model_tags
+from wmtp_jax.parameters_file import FILE, read_parameters
 from wmtp_jax.tracking import MetricsFile, Tracker, check_tracking_uri, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,6 +285,51 @@ def test_resumed_training_goes_on_with_its_run(finished, client, capfd):
     assert capfd.readouterr().err == "", "a healthy store has nothing to say"
 
 
+def test_model_sweep_and_machine_are_in_mlflow(runs, client):
+    """A run of a sweep with a model at its end: registered once, with what it was made of; what the machine did is there, too."""
+    ids = []
+    for number in range(2):
+        run = runs / f"swept-{number}"
+        (run / "tokenizer").mkdir(parents=True)
+        (run / "checkpoints" / "3" / "parameters").mkdir(parents=True)
+        (run / "checkpoints" / "3" / "parameters" / "parameters.safetensors").write_bytes(b"weights")
+        (run / "config.json").write_text("{}")
+        (run / "tokenizer" / "tokenizer.json").write_text("words")
+        given = {"experiment": "sweeps", "sweep": "seeds", "system_seconds": 0.3, "artifacts": str(runs / "elsewhere")}
+        tracker = Tracker(run_directory=run, run_name=run.name, **given)
+        write_steps(run / "metrics.jsonl", [1, 2, 3])
+        deadline = time.monotonic() + PATIENCE
+        while not (run / "system.jsonl").exists() or len(read_metrics(run / "system.jsonl")) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        metrics = {"eval/bits_per_byte": 2.5, "time": 1.0}
+        tags = model_tags(algorithm="focal", data="hash of data", tokenizer="its print", step=3, metrics=metrics)
+        tracker.model("best", model_files(run, run / "checkpoints" / "3", FILE), tags)
+        assert tracker.finish(timeout=PATIENCE) is True
+        ids.append(state(run)["run_id"])
+    entries = [client.get_run(run_id) for run_id in ids]
+    [parent] = {entry.data.tags["mlflow.parentRunId"] for entry in entries}
+    assert client.get_run(parent).info.run_name == "seeds" and client.get_run(parent).info.status == "FINISHED"
+    versions = {version.run_id: version for version in client.search_model_versions("name = 'best'")}
+    assert set(versions) == set(ids)
+    version = versions[ids[0]]
+    assert version.tags == {
+        "wmtp.algorithm": "focal", "wmtp.data": "hash of data", "wmtp.tokenizer": "its print", "wmtp.step": "3",
+        "eval/bits_per_byte": "2.5",
+    }  # fmt: skip
+    model = Path(version.source.removeprefix("file://"))
+    assert model.is_relative_to(runs / "elsewhere"), "artifacts of a new experiment lie where it was said"
+    files = {str(path.relative_to(model)) for path in model.rglob("*") if path.is_file()}
+    assert files == {"parameters/parameters.safetensors", "config.json", "tokenizer/tokenizer.json"}
+    names = set(entries[0].data.metrics)
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes", "train/loss"} <= names
+    sampled = read_metrics(runs / "swept-0" / "system.jsonl")
+    history = points(client, runs / "swept-0", "system/cpu_utilization_percentage")
+    assert [step for step, _ in history] == list(range(len(sampled)))
+    assert replay(runs / "swept-0") == 0
+    assert len(client.search_model_versions("name = 'best'")) == 2, "a replay registers nothing twice"
+
+
 def test_run_without_tracking_can_be_replayed(runs, client, capsys):
     run = runs / "untracked"
     write_steps(run / "metrics.jsonl", range(500), **{f"train/ce_head_{k}": 1.0 for k in range(4)})
@@ -398,35 +445,103 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert points(client, run, "train/loss") == [(step, float(step)) for step in range(50)]
 
 
+@contextlib.contextmanager
+def mlflow_server(folder, port, artifacts, environment=None):
+    """A real `mlflow server` on loopback, its store in a sqlite file of `folder`."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", artifacts]
+    with (folder / "server.log").open("a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=os.environ | (environment or {}))
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_a_whole_training_on_a_server_with_artifacts_in_object_storage(object_store, python_corpus, tmp_path):
+    """A real training, a real `mlflow server`, artifacts in a real S3 server: runs, stages, metrics, machine, model. Then the
+    server is gone for a run of the same sweep, and a replay brings it all."""
+    from tests.object_store import BUCKET
+    from tests.object_store import client as storage_client
+
+    port = closed_port()
+    uri = f"http://127.0.0.1:{port}"
+    settings = {
+        "data.sources": f"('text:{python_corpus}/*.py',)", "data.validation_fraction": 0.2, "data.sequence_length": 32,
+        "data.vocabulary_size": 300, "model.width": 16, "model.layers": 1, "model.attention_heads": 2, "model.heads.count": 2,
+        "reference.model.width": 16, "reference.model.attention_heads": 2, "reference.steps": 4, "train.steps": 6,
+        "train.log_every": 1, "eval.every": 3, "eval.batches": 1, "eval.bigram": False, "eval.completions": 0,
+        "tracking.uri": uri, "tracking.sweep": "two runs", "tracking.system_seconds": 0.5,
+    }  # fmt: skip
+
+    def train(name):
+        command = [sys.executable, "-m", "wmtp_jax.main", "--config=configs/quickstart.py", "--device=cpu"]
+        command += [f"--config.{key}={value}" for key, value in settings.items()]
+        done = subprocess.run([*command, f"--workdir={tmp_path / name}"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    def wait_for_server():
+        client = tracking._mlflow_client(uri)
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            with contextlib.suppress(Exception):  # whatever it is, it counts only if it lasts
+                return client, client.search_experiments()
+            assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()[-2000:]
+            time.sleep(0.3)
+
+    def check(client, name):
+        run = tmp_path / name
+        entry = client.get_run(state(run)["run_id"])
+        assert entry.info.status == "FINISHED"
+        for directory in (run, run / "reference"):
+            run_id = state(directory)["run_id"]
+            wanted, found = set(), set()
+            for row in read_metrics(directory / "metrics.jsonl"):
+                wanted |= {(key, row["step"], value) for key, value in row.items() if "/" in key and not math.isnan(value)}
+            for metric in {key for key, _, _ in wanted}:
+                found |= {(metric, point.step, point.value) for point in client.get_metric_history(run_id, metric)}
+            assert wanted and wanted <= found, f"{directory}: {len(wanted - found)} of {len(wanted)} points are missing"
+        child = client.get_run(state(run / "reference")["run_id"])
+        assert child.data.tags["mlflow.parentRunId"] == entry.info.run_id
+        parent = client.get_run(entry.data.tags["mlflow.parentRunId"])
+        assert parent.info.run_name == "two runs"
+        assert "system/cpu_utilization_percentage" in entry.data.metrics
+        [version] = [v for v in client.search_model_versions("name = 'wmtp'") if v.run_id == entry.info.run_id]
+        assert version.tags["wmtp.step"] == "6" and version.tags["wmtp.algorithm"] == "rho1-tokenskip"
+        assert float(version.tags["eval/bits_per_byte"]) == entry.data.metrics["eval/bits_per_byte"]
+        local = Path(client.download_artifacts(entry.info.run_id, "model", str(tmp_path)))
+        assert (local / "tokenizer" / "tokenizer.json").exists() and (local / "config.json").exists()
+        original = max((run / "checkpoints").glob("*/parameters"), key=lambda path: int(path.parent.name))
+        assert (local / FILE).read_bytes() == (original / FILE.name).read_bytes()
+        read_parameters(local)  # what was registered is a checkpoint that a run takes
+        return parent.info.run_id
+
+    destination = f"s3://{BUCKET}/mlflow"
+    with mlflow_server(tmp_path, port, destination, object_store.environment):
+        client, _ = wait_for_server()
+        assert "tracking:" not in train("first")
+        sweep = check(client, "first")
+        stored = storage_client(object_store.port).list_objects_v2(Bucket=BUCKET, Prefix="mlflow/")["Contents"]
+        assert any(item["Key"].endswith(str(FILE)) for item in stored), "artifacts are in object storage"
+    said = train("second")
+    assert "python -m wmtp_jax.tracking replay" in said
+    with mlflow_server(tmp_path, port, destination, object_store.environment):
+        client, _ = wait_for_server()
+        assert replay(tmp_path / "second") == 0
+        assert check(client, "second") == sweep
+
+
 @pytest.mark.slow
 def test_server_comes_late_and_goes_away(tmp_path, capfd):
     """A real `mlflow server`: not there at first, then there, then gone and back; nothing is lost, and nothing waits."""
     port, run = closed_port(), tmp_path / "run"
     uri = f"http://127.0.0.1:{port}"
-    store = f"sqlite:///{tmp_path / 'server.db'}"
 
-    @contextlib.contextmanager
     def server():
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ]
-        command += ["--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts")]
-        with (tmp_path / "server.log").open("a") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            yield
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+        return mlflow_server(tmp_path, port, str(tmp_path / "artifacts"))
 
     said = ""
 

@@ -224,6 +224,12 @@ def defaults() -> ConfigDict:
     c.tracking.enabled = True
     c.tracking.uri = ""  # "": a sqlite store beside the run directory; or sqlite:///PATH, http://HOST:PORT
     c.tracking.experiment = "wmtp"
+    c.tracking.sweep = ""  # the name of a sweep: its runs are children of one MLflow run of that name; "": none
+    # where a new experiment's artifacts are kept: a directory or s3://BUCKET/PREFIX; "": beside a sqlite store, or as the server
+    # has it
+    c.tracking.artifacts = ""
+    c.tracking.model = "wmtp"  # a finished model is registered in MLflow under this name, parameters included; "": it is not
+    c.tracking.system_seconds = 10.0  # between two samples of processor, memory, disk, network and GPUs; 0: none
 
     c.lock()
     return c
@@ -586,6 +592,14 @@ def _validate_outputs(config: ConfigDict) -> None:
         _refuse("checkpoint.remote", checkpoint.remote, "'' or s3://BUCKET/PREFIX")
     if checkpoint.keep_last < 1:
         _refuse("checkpoint.keep_last", checkpoint.keep_last, "at least 1")
+    tracking = config.tracking
+    if "://" in tracking.artifacts and not is_remote(tracking.artifacts):
+        _refuse("tracking.artifacts", tracking.artifacts, "'', a directory or s3://BUCKET/PREFIX")
+    if tracking.system_seconds < 0:
+        _refuse("tracking.system_seconds", tracking.system_seconds, "0 or more")
+    for key in ("sweep", "model"):
+        if set(tracking[key]) & set("'\"/:"):
+            _refuse(f"tracking.{key}", tracking[key], "a name without quotes, / and :")
 
 
 def validate(config: ConfigDict) -> None:

@@ -38,8 +38,8 @@ FREE_KEYS = (
 )
 # What a run writes, and --resume=never replaces.
 OUTPUTS = (".upload", "checkpoints", "config.json", "curves.png", "damaged", "evaluation", "metrics.jsonl", "mirror.json",
-           "mlflow.json", "nonfinite", "reference", "report", "summary.json", "tokenizer", "tokens", "tracking.jsonl", "trunk",
-           "value")  # fmt: skip
+           "mlflow.json", "nonfinite", "reference", "report", "summary.json", "system.jsonl", "tokenizer", "tokens",
+           "tracking.jsonl", "trunk", "value")  # fmt: skip
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ from wmtp_jax.experiment import (
 from wmtp_jax.flops import flops_per_token, trunk_flops_per_token
 from wmtp_jax.manifest import problem
 from wmtp_jax.mirror import ADDRESS_FILE, Mirror, claim, mirrored, pull
+from wmtp_jax.model_registry import model_files, model_tags
 from wmtp_jax.origins import (
     Start,
     base_settings,
@@ -57,6 +59,7 @@ from wmtp_jax.origins import (
     start_of,
     with_published_trunk,
 )
+from wmtp_jax.parameters_file import FILE as PARAMETERS
 from wmtp_jax.parameters_file import check_backend, read_parameters
 from wmtp_jax.pretrained import Published, open_reward_model
 from wmtp_jax.redact import redacted
@@ -501,6 +504,8 @@ class Experiment:
         """The stage that the experiment is for, in its own directory and MLflow run."""
         self.backend.train_model(stage, self.device, self.signals)
         _hand_over(stage, self.tracker)
+        if self.tracker is not None and self.config.tracking.model:
+            _register(stage, self.tracker)
 
     def _run_below(self, stage: Stage, train: Callable[[Stage, Any, StopSignals], None]) -> None:
         stage.directory.mkdir(parents=True, exist_ok=True)
@@ -583,6 +588,9 @@ def _tracker(config: ConfigDict, workdir: Path, run_name: str, tags: dict[str, s
         run_name=run_name,
         tags={"algorithm": config.weighting.algorithm, **tags},
         parameters={key: str(value) for key, value in flatten(config)},
+        sweep=config.tracking.sweep,
+        artifacts=config.tracking.artifacts,
+        system_seconds=config.tracking.system_seconds,
     )
 
 
@@ -608,6 +616,20 @@ def _hand_over(stage: Stage, tracker: Tracker | None) -> None:
     for name in ("config.json", "summary.json", "curves.png", "tokenizer"):
         if (stage.directory / name).exists():
             tracker.artifact(stage.directory / name)
+
+
+def _register(stage: Stage, tracker: Tracker) -> None:
+    """Has the finished model registered: its newest checkpoint's parameters, and what it was made of."""
+    directory, corpus = stage.directory, stage.corpus
+    checkpoint = run_directory.find_checkpoint(directory)
+    tags = model_tags(
+        algorithm=stage.config.weighting.algorithm,
+        data=corpus.hash,
+        tokenizer=corpus.tokenizer.fingerprint,
+        step=int(checkpoint.name),
+        metrics=json.loads((directory / "summary.json").read_text())["after"],
+    )
+    tracker.model(stage.config.tracking.model, model_files(directory, checkpoint, PARAMETERS), tags)
 
 
 # ---- what a stage tells at its end -----------------------------------------------------------------------------------

@@ -3,17 +3,18 @@
 The training process appends to two files in the run directory and does nothing else: `metrics.jsonl`, one JSON object a
 logging step, and `tracking.jsonl`, what MLflow should know besides (parameters, tags, artifacts, the end). A child process
 follows both and brings MLflow up to date, so a database or a server that is slow, down or broken can't hold up a step, and
-what could not be sent is still in the files: the same child catches up when the server answers again, and
+what could not be sent is still in the files: the same child catches up when the server answers again, and so does, later,
 
     python -m wmtp_jax.tracking replay RUN [--uri URI]
 
-does so later. Sending twice is harmless: a run is found again by a tag, a point by its step and time. `mlflow.json` holds
-the MLflow run id.
+Sending twice is harmless: a run is found again by a tag, a point by its step and time. `mlflow.json` holds the MLflow run id. The
+child also writes what the machine does (`system_metrics.py`), and registers the finished model (`model_registry.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import fcntl
 import json
@@ -35,11 +36,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.model_registry import register
 from wmtp_jax.redact import HIDDEN, redact
+from wmtp_jax.system_metrics import SYSTEM_FILE, SystemMetrics
 
 METRICS_FILE = "metrics.jsonl"
 JOURNAL_FILE = "tracking.jsonl"
 STATE_FILE = "mlflow.json"
+SWEEP_TAG = "wmtp.sweep"  # on the run that the runs of a sweep are children of: the sweep's name
 KEY_TAG = "wmtp.key"  # finds a run whose creation was not confirmed, and the run that a resumed training goes on with
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -51,6 +55,7 @@ SEND_SECONDS = 2.0  # between two deliveries
 RETRY_SECONDS = 60.0  # the longest wait after a failed delivery
 ANNOUNCE_AFTER = 3  # failed deliveries in a row before a person is told
 CHUNK_BYTES = 1 << 18  # of metrics.jsonl sent and confirmed at a time
+UPLOAD_BYTES = 10_000_000  # a second: what the end of a run waits for a model's upload, besides its usual patience
 EXIT_UNDELIVERED = 4  # the child has said what did not reach MLflow
 
 # MLflow's own limits on a request and a value.
@@ -168,7 +173,11 @@ class Tracker:
         tags: such as the algorithm.
         parameters: the config, flat or nested. One that a resume changed becomes the tag `changed.NAME`: MLflow keeps the
             first value.
-        parent: the tracker (see `child`) or MLflow run id (in a sweep) of the run that this one belongs to.
+        parent: the tracker (see `child`) or MLflow run id of the run that this one belongs to.
+        sweep: the name of a sweep: its runs are children of one MLflow run of that name, made by the first of them.
+        artifacts: where an experiment that is made here keeps its artifacts, a directory or s3://BUCKET/PREFIX; "": beside a
+            sqlite store, or where the server says.
+        system_seconds: between two samples of the machine; 0: none.
 
     Raises:
         UserError: the URI is of a kind that MLflow can't keep runs in, or the files can't be written.
@@ -184,12 +193,16 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         parameters: Mapping[str, Any] | None = None,
         parent: Tracker | str = "",
+        sweep: str = "",
+        artifacts: str = "",
+        system_seconds: float = 0.0,
     ):
         check_tracking_uri(uri)
         self._run = Path(run_directory).absolute()
         self._store = _locate(uri, self._run)
         self._experiment = experiment
         self._result: bool | None = None
+        self._bytes = 0  # of a model that is to be uploaded
         journal = self._run / JOURNAL_FILE
         entries, whole = _read_journal(journal)
         starts = [entry["start"] for entry in entries if "start" in entry]
@@ -211,6 +224,9 @@ class Tracker:
                 "tags": _texts(tags or {}),
                 "parameters": _texts(parameters or {}),
                 "parent_run_id": parent if isinstance(parent, str) else "",
+                "sweep": sweep,
+                "artifacts": artifacts,
+                "system_seconds": system_seconds,
             }
         )
         self._process = None if isinstance(parent, Tracker) else self._start_process()
@@ -225,6 +241,13 @@ class Tracker:
         if path.is_relative_to(self._run):
             path = path.relative_to(self._run)  # a run directory may be moved before it is replayed
         self._tell(artifact={"path": str(path), "folder": folder})
+
+    def model(self, name: str, files: list[tuple[str, str]], tags: Mapping[str, str]) -> None:
+        """Registers a finished model under a name; see `model_registry`. Its files are uploaded first."""
+        for path, folder in files:
+            self._bytes += 0 if Path(path).is_dir() else Path(path).stat().st_size
+            self.artifact(path, folder)
+        self._tell(model={"name": name, "tags": _texts(tags)})
 
     def child(self, run_name: str, tags: Mapping[str, Any], parameters: Mapping[str, Any]) -> Tracker:
         """The tracker of a stage, an MLflow run below this one; its directory is `run_name` in this run's directory."""
@@ -248,7 +271,8 @@ class Tracker:
 
         Args:
             status: FINISHED, FAILED or KILLED (a signal stopped the training).
-            timeout: seconds; then the child is stopped, and the files wait for a replay.
+            timeout: seconds, besides those that a model's upload may take; then the child is stopped, and the files wait for a
+                replay.
 
         Returns:
             Whether MLflow has everything. A second call returns the same.
@@ -258,7 +282,7 @@ class Tracker:
         if self._result is None:
             self._tell(finish={"status": status, "time": time.time()})
             os.close(self._journal)
-            self._result = self._process is None or self._wait(self._process, timeout)
+            self._result = self._process is None or self._wait(self._process, timeout + self._bytes / UPLOAD_BYTES)
         return self._result
 
     def _wait(self, process: subprocess.Popen, timeout: float) -> bool:
@@ -320,6 +344,15 @@ def check_tracking_uri(uri: str) -> None:
         raise UserError(f"{shown}: a sqlite store needs a path: sqlite:///runs/mlflow.db")
 
 
+@dataclasses.dataclass
+class _Sent:
+    """How far one of a run's files is in MLflow."""
+
+    time: float = 0.0  # of the last line that was sent
+    inode: int = 0
+    end: int = 0  # of what was sent, in bytes
+
+
 class _Delivery:
     """The files of a run directory on one side, MLflow on the other. Every call may be repeated after an error."""
 
@@ -334,10 +367,10 @@ class _Delivery:
         self._start: dict[str, Any] = {}
         self._children: dict[str, _Delivery] = {}
         self._artifacts: dict[tuple[str, str], None] = {}  # still to be sent, in order
+        self._models: dict[str, dict[str, str]] = {}  # name -> tags, still to be registered
         self._journal_end = 0
         self._known: dict[str, set[tuple[int, int]]] = {}  # metric -> (step, time) that MLflow has; of a replay
-        self._file = (0, 0)  # inode of metrics.jsonl and the end of what was sent
-        self._sent_time = 0.0  # of the last line that was sent
+        self._sent = {METRICS_FILE: _Sent(), SYSTEM_FILE: _Sent()}
         self._ended = 0.0
         self.status = ""  # how the training ended; "" while it runs
 
@@ -352,33 +385,43 @@ class _Delivery:
                     self._children[name] = _Delivery(self._run / name, self._uri, parent=self, replay=self._replay)
                 case {"artifact": artifact}:
                     self._artifacts[artifact["path"], artifact["folder"]] = None
+                case {"model": model}:
+                    self._models[model["name"]] = model["tags"]
                 case {"finish": finish}:
                     self.status, self._ended = finish["status"], finish["time"]
         for child in self._children.values():
             child.read_journal()
 
+    @property
+    def system_seconds(self) -> float:
+        """Between two samples of the machine; 0: none are taken."""
+        return self._start.get("system_seconds", 0.0)
+
     def send(self) -> int:
         """Sends what MLflow lacks of the run, of its metrics, its artifacts and its stages; returns the number of points."""
         if not self._run_id:
             self._open_run()
-        points = self._send_metrics()
+        points = sum(self._send_metrics(name) for name in self._sent)
         for path, folder in list(self._artifacts):
             self._send_artifact(self._run / path, folder)
             del self._artifacts[path, folder]
+        for name in list(self._models):
+            register(self._client, self._run_id, name, self._models[name])
+            del self._models[name]
         return points + sum(child.send() for child in self._children.values())
 
     def finish(self, status: str) -> None:
         """Marks the run as ended at the time of the training's last word, its stages first."""
         for child in self._children.values():
             child.finish(child.status or status)
-        ended = self._ended or self._sent_time or time.time()
+        ended = self._ended or self._sent[METRICS_FILE].time or time.time()
         self._client.set_terminated(self._run_id, status, end_time=round(ended * 1000))
 
     def missing(self) -> int:
         """The lines of metrics.jsonl that were not sent, stages included."""
         path = self._run / METRICS_FILE
         rows = read_metrics(path) if path.exists() else []
-        sent = self._sent_time or self._saved_time()
+        sent = self._sent[METRICS_FILE].time or self._saved_times()[METRICS_FILE]
         return sum(row["time"] > sent for row in rows) + sum(child.missing() for child in self._children.values())
 
     def _open_run(self) -> None:
@@ -392,6 +435,8 @@ class _Delivery:
             self._experiment_id = self._open_experiment(start["experiment"])
             if start["parent_run_id"]:
                 tags["mlflow.parentRunId"] = start["parent_run_id"]
+            elif start.get("sweep"):
+                tags["mlflow.parentRunId"] = self._sweep_run(start["sweep"])
         found = self._client.search_runs([self._experiment_id], f"tags.`{KEY_TAG}` = '{start['key']}'", max_results=1)
         if found:
             run = found[0]
@@ -408,15 +453,39 @@ class _Delivery:
                 history = self._client.get_metric_history(run_id, name)
                 self._known[name] = {(point.step, point.timestamp) for point in history}
         elif found:
-            self._sent_time = self._saved_time()
+            for name, sent_time in self._saved_times().items():
+                self._sent[name].time = sent_time
         self._run_id = run_id
         self._save()
 
     def _open_experiment(self, name: str) -> str:
+        wanted = self._start.get("artifacts", "")
         if experiment := self._client.get_experiment_by_name(name):
+            if wanted and experiment.artifact_location.rstrip("/") not in (wanted.rstrip("/"), _artifact_uri(wanted)):
+                kept = f"keeps its artifacts in {redact(experiment.artifact_location)}"
+                _say(f"the experiment {name!r} {kept}; another tracking.artifacts needs another tracking.experiment")
             return experiment.experiment_id
         path = _sqlite_path(self._uri)
-        return self._client.create_experiment(name, (path.parent / "mlflow-artifacts").as_uri() if path else None)
+        beside = (path.parent / "mlflow-artifacts").as_uri() if path else None
+        return self._client.create_experiment(name, _artifact_uri(wanted) if wanted else beside)
+
+    def _sweep_run(self, name: str) -> str:
+        """The MLflow run that the runs of a sweep are children of. Where two make one at once, both take the older."""
+
+        def existing() -> list[str]:
+            found = self._client.search_runs(
+                [self._experiment_id], f"tags.`{SWEEP_TAG}` = '{name}'", order_by=["attributes.start_time", "attributes.run_id"]
+            )
+            return [run.info.run_id for run in found]
+
+        if found := existing():
+            return found[0]
+        made = self._client.create_run(self._experiment_id, tags={SWEEP_TAG: name}, run_name=name).info.run_id
+        self._client.set_terminated(made, "FINISHED")
+        first = existing()[0]
+        if first != made:
+            self._client.delete_run(made)
+        return first
 
     def _log_parameters(self, run_id: str, logged: Mapping[str, str], parameters: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
@@ -428,27 +497,27 @@ class _Delivery:
             batch = slice(first, first + PARAMETERS_A_BATCH)
             self._client.log_batch(run_id, params=new[batch], tags=tags[batch], synchronous=True)
 
-    def _send_metrics(self) -> int:
-        path = self._run / METRICS_FILE
+    def _send_metrics(self, name: str) -> int:
+        path, sent = self._run / name, self._sent[name]
         if not path.exists():
             return 0
         total = 0
         with path.open("rb") as file:
             inode = os.fstat(file.fileno()).st_ino
             # Of a file that a resume cut and wrote anew, the times tell what was sent before.
-            offset = self._file[1] if self._file[0] == inode else 0
+            offset = sent.end if sent.inode == inode else 0
             while True:
                 file.seek(offset)
                 chunk = file.read(CHUNK_BYTES)
                 chunk = chunk[: chunk.rfind(b"\n") + 1]
                 if not chunk:
                     return total
-                rows = [row for row, _ in _rows(chunk, path)[0] if row["time"] > self._sent_time]
+                rows = [row for row, _ in _rows(chunk, path)[0] if row["time"] > sent.time]
                 total += self._send_rows(rows)
                 offset += len(chunk)
-                self._file = (inode, offset)
+                sent.inode, sent.end = inode, offset
                 if rows:
-                    self._sent_time = rows[-1]["time"]
+                    sent.time = rows[-1]["time"]
                     self._save()
 
     def _send_rows(self, rows: list[dict[str, Any]]) -> int:
@@ -473,12 +542,13 @@ class _Delivery:
         else:
             self._client.log_artifact(self._run_id, str(path), folder or None)
 
-    def _saved_time(self) -> float:
-        """The time of the last line that an earlier process sent to the same store; 0 if none did."""
+    def _saved_times(self) -> dict[str, float]:
+        """The time of the last line of each file that an earlier process sent to the same store; 0 if none did."""
         path = self._run / STATE_FILE
         saved = json.loads(path.read_text()) if path.exists() else {}
         same = (saved.get("uri"), saved.get("key")) == (redact(self._uri), self._start["key"])
-        return saved["sent_time"] if same else 0.0
+        times = (saved["sent_time"], saved.get("system_sent_time", 0.0)) if same else (0.0, 0.0)
+        return dict(zip(self._sent, times, strict=True))
 
     def _save(self) -> None:
         state = {
@@ -486,7 +556,8 @@ class _Delivery:
             "experiment_id": self._experiment_id,
             "run_id": self._run_id,
             "key": self._start["key"],
-            "sent_time": self._sent_time,
+            "sent_time": self._sent[METRICS_FILE].time,
+            "system_sent_time": self._sent[SYSTEM_FILE].time,
         }
         temporary = self._run / f".{STATE_FILE}.tmp"
         temporary.write_text(json.dumps(state, indent=1) + "\n")
@@ -503,10 +574,18 @@ def _follow(run: Path, parent: int) -> int:
     with _only_one(run, wait=True):
         delivery = _Delivery(run, uri)
         failures, announced, next_time = 0, False, 0.0
+        delivery.read_journal()
+        system = SystemMetrics(run, delivery.system_seconds) if delivery.system_seconds else None
         while True:
             gone = os.getppid() != parent
             delivery.read_journal()
             status = delivery.status or ("KILLED" if gone else "")
+            if system is not None and not status:
+                try:
+                    system.sample()
+                except UserError as error:
+                    system = None
+                    _say(f"{error}; what the machine does is not written any more")
             if not status and time.monotonic() < next_time:
                 time.sleep(POLL_SECONDS)
                 continue
@@ -687,6 +766,11 @@ def _absolute(uri: str) -> str:
     """A sqlite path made absolute, so that a replay finds it from any directory; everything else as it is."""
     path = _sqlite_path(uri)
     return f"sqlite:///{path.absolute()}" if path else uri
+
+
+def _artifact_uri(where: str) -> str:
+    """A directory as MLflow takes it, a file: URI; an address as it is."""
+    return where.rstrip("/") if urlsplit(where).scheme else Path(where).absolute().as_uri()
 
 
 def _locate(uri: str, run: Path) -> str:

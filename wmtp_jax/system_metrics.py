@@ -1,0 +1,62 @@
+"""What the machine does during a run: processor, memory, disk, network and NVIDIA GPUs, in `system.jsonl` and so in MLflow.
+
+The monitors and the names are MLflow's own (`system/cpu_utilization_percentage`, ...), for its page of system metrics.
+They are read by the process that feeds MLflow (`tracking.py`), never by the training, and written to a file first: what a server
+that is down misses is replayed with everything else.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+SYSTEM_FILE = "system.jsonl"
+
+
+class SystemMetrics:
+    """Samples of the machine, one line each `seconds`; `step` counts lines and goes on where a resumed run stopped.
+
+    Args:
+        run: the run directory.
+        seconds: between two samples.
+    """
+
+    def __init__(self, run: Path, seconds: float):
+        # Late: importing mlflow takes seconds, and only the process that feeds MLflow may take them.
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        from wmtp_jax.tracking import MetricsFile, read_metrics
+
+        self._file = MetricsFile(run / SYSTEM_FILE)
+        lines = read_metrics(run / SYSTEM_FILE)
+        self._step = lines[-1]["step"] + 1 if lines else 0
+        self._seconds = seconds
+        self._next = time.monotonic() + min(seconds, 1.0)  # the processor's use is counted from one sample to the next
+        self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        try:
+            self._monitors.append(GPUMonitor())
+        except (ImportError, RuntimeError):  # no NVIDIA driver here, or not the package that asks it
+            pass
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            monitor.clear_metrics()
+
+    def sample(self) -> None:
+        """Writes a line if it is time for one.
+
+        Raises:
+            UserError: the file can't be written.
+        """
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + self._seconds
+        values: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            values.update(monitor.aggregate_metrics())
+            monitor.clear_metrics()
+        self._file.write(self._step, "system", {f"system/{name}": value for name, value in values.items()})
+        self._step += 1
