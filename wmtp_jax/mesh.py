@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING
 
 from wmtp_jax.errors import UserError
 from wmtp_jax.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict  # the model reads AXES here, and needs no configuration
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 REST = -1
