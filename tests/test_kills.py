@@ -47,9 +47,9 @@ class Chain(NamedTuple):
 
 CHAINS = (
     Chain("wmtp_jax", "baseline-mtp", ("any", "save", "any", "save", "any"), ""),
-    Chain("wmtp_jax", "rho1-tokenskip", ("upload", "save", "upload", "any", "upload"), "slow"),
+    Chain("wmtp_jax", "rho1-tokenskip", ("upload", "save", "upload", "save", "upload"), "slow"),
     Chain("wmtp_jax", "baseline-mtp", ("upload", "any", "save", "upload", "any"), "flaky"),
-    Chain("wmtp_torch", "baseline-mtp", ("any", "upload", "save", "upload", "any"), "slow"),
+    Chain("wmtp_torch", "baseline-mtp", ("any", "upload", "any", "upload", "any"), "slow"),
 )
 
 
@@ -133,7 +133,7 @@ def kill_at(process: subprocess.Popen, workdir: Path, kind: str, before: int, ge
     def until(condition) -> None:
         while not condition():
             assert process.poll() is None and time.monotonic() < deadline, f"{workdir}: never came to a moment of kind {kind!r}"
-            time.sleep(0.002)
+            time.sleep(0.001)
 
     log = workdir.parent / f"{workdir.name}.log"
     until(lambda: begun_from(log, before + 1))
@@ -145,7 +145,7 @@ def kill_at(process: subprocess.Popen, workdir: Path, kind: str, before: int, ge
     match kind:
         case "save":
             until(lambda: is_saving(workdir))
-            time.sleep(generator.uniform(0, 0.03))
+            time.sleep(generator.uniform(0, 0.01))
         case "upload":
             until(lambda: is_uploading(workdir))
             time.sleep(generator.uniform(0, 0.1))
@@ -208,4 +208,4 @@ def test_20_killed_runs_end_in_the_bits_of_undisturbed_ones(command, object_stor
         # The save before the last one that was begun is complete, always.
         assert kill.gone_on_from % EVERY == 0 and kill.gone_on_from > 0
         assert kill.gone_on_from >= kill.reached // EVERY * EVERY - EVERY, kill
-    assert sum(kill.saves for kill in kills) >= 4 and sum(kill.uploads for kill in kills) >= 6
+    assert sum(kill.saves for kill in kills) >= 3 and sum(kill.uploads for kill in kills) >= 6
