@@ -473,6 +473,26 @@ def test_a_run_that_has_just_begun_is_shown_with_what_it_lacks(tokenizer, tmp_pa
     assert "nothing to show yet (no metrics.jsonl, no tokens/STEP.npz" in refused(run)
 
 
+def test_a_run_in_object_storage_is_shown_as_the_one_on_disk(runs, s3, tmp_path, monkeypatch):
+    from wmtp_jax import storage
+
+    run = runs[0]
+    files = {path.relative_to(run).as_posix(): path for path in run.rglob("*") if path.is_file()}
+    storage.upload(f"{s3}/mine", files | {"checkpoints/80/parameters": run / "config.json"})
+    there, here = read_runs([f"{s3}/mine"])[0], read_runs([run])[0]
+    assert (there.rows, there.config, there.evaluation) == (here.rows, here.config, here.evaluation)
+    assert list(there.token_files) == list(here.token_files) and there.name == "mine"
+    assert not list(there.path.rglob("checkpoints")), "of a large model these are most of it"
+    monkeypatch.chdir(tmp_path)
+    done = command(f"{s3}/mine", f"--output={s3}/pages")
+    assert done.returncode == 0, done.stderr
+    assert f"{s3}/pages/index.html: " in done.stdout
+    assert storage.get(f"{s3}/pages/index.html").startswith(b"<!doctype html>")
+    assert command(f"{s3}/mine").returncode == 0
+    assert (tmp_path / "runs" / "mine" / "report" / "index.html").is_file()
+    assert f"{s3}/nothing: there is no run under this name" in refused(f"{s3}/nothing")
+
+
 def test_help_explains_every_flag():
     result = command("--help")
     assert result.returncode == 0

@@ -197,6 +197,26 @@ def _fetched(path: str) -> Path:
     return fetch(path, found)
 
 
+def outputs(path: str | Path) -> Path:
+    """Where what a run has written besides its checkpoints can be read: its directory, or for one in object storage a copy in the
+    cache of what is there now.
+
+    Raises:
+      UserError: nothing there, or it can't be had, tried `patiently`.
+    """
+    if not is_remote(path):
+        return Path(path)
+    path = join(path)
+
+    def fetch_them() -> Path:
+        found = [stored for stored in listing(path) if stored.name and "checkpoints/" not in stored.name]
+        if not found:
+            raise UserError(f"{path}: there is no run under this name")
+        return fetch(path, found)
+
+    return patiently(fetch_them)
+
+
 def local_glob(pattern: str) -> str:
     """A pattern (`*`, `?`, `[...]`; `**` matches directories) as one over copies in the cache of all that it matches.
 

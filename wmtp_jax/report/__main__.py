@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import flags
 
-from wmtp_jax import cli
+from wmtp_jax import cli, storage
 from wmtp_jax.errors import UserError, disk_errors
 
 _FRAME = 60_000  # bytes of markup, style and script
@@ -45,23 +45,38 @@ def main(paths: list[str]) -> None:
         "left": left,
         "mapLeftOut": not values.tokens,
     }
-    output = Path(values.output) if values.output else runs[0].path / "report"
-    page = output if output.suffix == ".html" else output / "index.html"
     text = render(content, title=f"{', '.join(group.label for group in groups)} – WMTP")
+    page = _write(text, values.output, paths[0])
+    for run in runs:
+        if run.missing:
+            print(f"{storage.shown(str(run.path))}: {', '.join(run.missing)}")
+    print(f"{page}: {len(text.encode()) / 1e6:.2f} MB" + (f"; of the token map: {left}" if left else ""))
+
+
+def _write(text: str, output: str | None, run: str) -> Path | str:
+    """Writes the page where the flag says, or else into the run, or into runs/NAME for a run in object storage; says where."""
+    if output is not None and storage.is_remote(output):
+        address = storage.join(output) if output.endswith(".html") else storage.join(output, "index.html")
+        storage.patiently(lambda: storage.put(address, text.encode()))
+        return address
+    # The copy in the cache is no place for results.
+    own = Path("runs") / storage.join(run).rpartition("/")[2] if storage.is_remote(run) else Path(run)
+    directory = Path(output) if output else own / "report"
+    page = directory if directory.suffix == ".html" else directory / "index.html"
     with disk_errors(page.parent, setting="--output"):
         page.parent.mkdir(parents=True, exist_ok=True)
         temporary = page.with_name(f".{page.name}.tmp")
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(page)
-    for run in runs:
-        if run.missing:
-            print(f"{run.path}: {', '.join(run.missing)}")
-    print(f"{page}: {len(text.encode()) / 1e6:.2f} MB" + (f"; of the token map: {left}" if left else ""))
+    return page
 
 
 if __name__ == "__main__":
     flags.DEFINE_string(
-        "output", None, "Where the page goes: a directory, or a file ending in .html. By default report/ of the first RUN."
+        "output",
+        None,
+        "Where the page goes: a directory, or a file ending in .html, here or at s3://BUCKET/PATH. By default report/ of "
+        "the first RUN, or runs/NAME/report where that is in object storage.",
     )
     flags.DEFINE_boolean(
         "tokens", True, "With the token map; --notokens compares runs of different tokenizers or documents."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from wmtp_jax import storage
 from wmtp_jax.errors import UserError
 from wmtp_jax.tracking import METRICS_FILE, read_metrics
 
@@ -66,12 +67,12 @@ class Group:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """The runs in these directories.
+    """The runs in these directories; one in object storage (`s3://...`) is fetched, its checkpoints left there.
 
     Raises:
       UserError: one of them is no run, one of its files is damaged, or there is nothing to show yet; names it.
     """
-    directories = [Path(path) for path in paths]
+    directories = [storage.outputs(path) for path in paths]
     seen: dict[Path, Path] = {}
     for directory in directories:
         if (whole := directory.absolute().resolve()) in seen:
