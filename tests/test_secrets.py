@@ -4,6 +4,7 @@ loaded from what others wrote."""
 import ast
 import json
 import os
+import pickle
 import re
 import sqlite3
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.object_store import BUCKET, client
+from wmtp_jax.errors import UserError
 from wmtp_jax.redact import redact, redacted
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,3 +150,84 @@ def test_nothing_unpickles_what_others_wrote():
             if call.endswith(("read_pickle", "yaml.load", "yaml.unsafe_load")):
                 wrong.append(f"{where}: {call}")
     assert not wrong, "\n".join(wrong)
+
+
+class Bomb:
+    """An object whose pickle makes a directory when it is loaded."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.mark),))
+
+
+def _write_bomb(kind, folder, mark):
+    """A file of the kind with such a pickle in it, where the program would read one; what reads it."""
+    import numpy as np
+    import torch
+
+    from wmtp_jax.data.packing import open_column
+    from wmtp_jax.parameters_file import read_parameters
+    from wmtp_jax.pretrained import open_pretrained
+    from wmtp_jax.report.tokens import read_entries
+
+    objects = np.array([Bomb(mark)], dtype=object)
+    match kind:
+        case "meta":
+            (folder / "params.json").write_text('{"dim": 8, "n_layers": 1, "n_heads": 1, "n_future_tokens": 1}')
+            torch.save({"output.weight": Bomb(mark)}, folder / "consolidated.pth")
+            return lambda where: open_pretrained(str(where))
+        case "transformers":
+            config = {
+                "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8, "intermediate_size": 16,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16, "rms_norm_eps": 1e-5,
+            }  # fmt: skip
+            (folder / "config.json").write_text(json.dumps(config))
+            torch.save({"a": Bomb(mark)}, folder / "pytorch_model.bin")
+            return lambda where: open_pretrained(str(where))
+        case "checkpoint":
+            (folder / "parameters").mkdir()
+            (folder / "parameters" / "parameters.safetensors").write_bytes(pickle.dumps(Bomb(mark)))
+            return read_parameters
+        case "rows":
+            np.save(folder / "tokens.npy", objects, allow_pickle=True)
+            return lambda where: open_column(where / "tokens.npy")
+        case "tokens":
+            np.savez(folder / "3.npz", tokens=objects)
+            return lambda where: read_entries(where / "3.npz")
+
+
+REFUSED = {
+    "meta": "holds more than tensors",
+    "transformers": r"pytorch_model\.bin",
+    "checkpoint": "safetensors",
+    "rows": "Python objects",
+    "tokens": "allow_pickle=False",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_pickle_in_data_or_weights_is_refused_and_never_run(kind, tmp_path):
+    (tmp_path / "given").mkdir()
+    read = _write_bomb(kind, tmp_path / "given", tmp_path / "it ran")
+    with pytest.raises(ValueError if kind == "rows" else UserError, match=REFUSED[kind]):
+        read(tmp_path / "given")
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_the_pickle_of_that_test_would_run(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "it ran")))
+    assert (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize("kind", ("meta", "checkpoint"))
+def test_nor_is_one_in_object_storage(kind, s3, object_store, tmp_path):
+    (tmp_path / "given").mkdir()
+    read = _write_bomb(kind, tmp_path / "given", tmp_path / "it ran")
+    for path in (path for path in (tmp_path / "given").rglob("*") if path.is_file()):
+        key = f"{s3.removeprefix(f's3://{BUCKET}/')}/{path.relative_to(tmp_path / 'given')}"
+        client(object_store.port).upload_file(str(path), BUCKET, key)
+    with pytest.raises(UserError, match=REFUSED[kind]):
+        read(s3)
+    assert not (tmp_path / "it ran").exists()
