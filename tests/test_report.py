@@ -5,16 +5,21 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import image
+from mlflow.tracking import MlflowClient
 
 from tests.browser import find_browser, open_browser
+from wmtp_jax import storage
 from wmtp_jax.config import defaults
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.data.tokenizer import train_bpe
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
+from wmtp_jax.report import figures
 from wmtp_jax.report.content import page_content, spread
 from wmtp_jax.report.page import embed, render
 from wmtp_jax.report.palette import GROUPS, contrast, shades
@@ -121,7 +126,7 @@ def runs(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def page_file(runs):
     """Made by the command, without jax, in its usual place."""
-    result = command(*runs)
+    result = command(*runs, "--nopng")
     assert result.returncode == 0, result.stderr
     assert "no evaluation of heads" in result.stdout
     return runs[0] / "report" / "index.html"
@@ -417,6 +422,49 @@ def test_spread_keeps_the_ends():
     assert spread([1, 2], 6) == [1, 2] and spread([1, 2, 3], 1) == [3]
 
 
+def test_figures_hold_the_same_numbers(runs, tmp_path):
+    read = read_runs(runs)
+    groups, documents = group_runs(read), read_documents(read)
+    content, _ = page_content(read, groups, documents, steps=1, pieces=9, limit=10**7)
+    written = figures.draw_figures(tmp_path / "figures", content, read, groups, documents)
+    assert [path.name for path in written] == ["curves.png", "depth.png", "kinds.png", "token_map.png"]
+    assert all(image.imread(path).std() > 0.01 for path in written)
+    [bits] = [axes for axes in figures._charts(content["curves"], groups).axes if axes.get_title("left").startswith("Bits")]
+    skip, critic = bits.get_lines()
+    np.testing.assert_allclose(skip.get_ydata(), [3.05, 2.55, 2.05])
+    np.testing.assert_allclose(critic.get_ydata(), [3, 2.5, 2])
+    known = {number: by_token(read_entries(runs[number] / "tokens" / "80.npz"), documents) for number in (0, 2)}
+    drawn = figures._token_map(groups, read, [0, 2], known, documents)
+    weights = [entry(runs[0], 80, "weight", token, 0) for token in range(64)]
+    patches, laid = drawn.axes[0].patches, figures._lay_out(["".join(t) for t in _pieces(documents)[:64]])
+    shaded = [token for token, *_ in laid if not math.isnan(weights[token])]
+    assert len(patches) == len(shaded)
+    red = {token: patch.get_facecolor()[0] for token, patch in zip(shaded, patches, strict=True)}
+    order = sorted(red, key=weights.__getitem__)
+    assert all(red[one] >= red[other] for one, other in zip(order, order[1:], strict=False))
+    assert figures.draw_figures(tmp_path / "figures", content | {"curves": [], "depth": []}, read, groups, None) == []
+    assert not list((tmp_path / "figures").iterdir())
+
+
+def _pieces(documents):
+    return [documents.tokenizer.pieces[token].decode(errors="backslashreplace") for token in documents.tokens]
+
+
+@pytest.mark.slow
+def test_page_and_figures_go_to_the_mlflow_run_of_the_training(tokenizer, tmp_path):
+    run = write_run(tmp_path / "tracked", tokenizer)
+    result = command(run, "--mlflow", "--steps=1")
+    assert result.returncode == 0, result.stderr
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    [tracked] = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert tracked.info.run_id in result.stdout
+    assert tracked.data.metrics["eval/bits_per_byte"] == 2.0
+    names = {item.path for item in client.list_artifacts(tracked.info.run_id, "report")}
+    assert names == {"report/index.html", "report/figures"}
+    got = client.download_artifacts(tracked.info.run_id, "report/index.html", str(tmp_path))
+    assert Path(got).read_text() == (run / "report" / "index.html").read_text()
+
+
 # ---- wrong input -------------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +486,7 @@ def test_runs_that_cannot_stand_side_by_side_are_refused(tokenizer, runs, tmp_pa
         read_documents(read_runs([runs[0], foreign]))
     with pytest.raises(UserError, match="the same run"):
         read_runs([runs[0], runs[0]])
-    result = command(runs[0], foreign, "--notokens", f"--output={tmp_path / 'curves.html'}")
+    result = command(runs[0], foreign, "--notokens", "--nopng", f"--output={tmp_path / 'curves.html'}")
     assert result.returncode == 0 and (tmp_path / "curves.html").exists()
 
 
@@ -463,7 +511,7 @@ def test_a_run_that_has_just_begun_is_shown_with_what_it_lacks(tokenizer, tmp_pa
     run = write_run(tmp_path / "young", tokenizer, evaluated=False)
     for file in (run / "tokens").iterdir():
         file.unlink()
-    result = command(run)
+    result = command(run, "--nopng")
     assert result.returncode == 0 and "no tokens/STEP.npz" in result.stdout
     with browser.page((run / "report" / "index.html").as_uri()) as page:
         assert page.errors == []
@@ -474,8 +522,6 @@ def test_a_run_that_has_just_begun_is_shown_with_what_it_lacks(tokenizer, tmp_pa
 
 
 def test_a_run_in_object_storage_is_shown_as_the_one_on_disk(runs, s3, tmp_path, monkeypatch):
-    from wmtp_jax import storage
-
     run = runs[0]
     files = {path.relative_to(run).as_posix(): path for path in run.rglob("*") if path.is_file()}
     storage.upload(f"{s3}/mine", files | {"checkpoints/80/parameters": run / "config.json"})
@@ -488,13 +534,15 @@ def test_a_run_in_object_storage_is_shown_as_the_one_on_disk(runs, s3, tmp_path,
     assert done.returncode == 0, done.stderr
     assert f"{s3}/pages/index.html: " in done.stdout
     assert storage.get(f"{s3}/pages/index.html").startswith(b"<!doctype html>")
-    assert command(f"{s3}/mine").returncode == 0
+    assert {"figures/curves.png", "figures/token_map.png"} <= {one.name for one in storage.listing(f"{s3}/pages")}
+    assert command(f"{s3}/mine", "--nopng").returncode == 0
     assert (tmp_path / "runs" / "mine" / "report" / "index.html").is_file()
+    assert "--mlflow" in refused(f"{s3}/mine", "--mlflow")
     assert f"{s3}/nothing: there is no run under this name" in refused(f"{s3}/nothing")
 
 
 def test_help_explains_every_flag():
     result = command("--help")
     assert result.returncode == 0
-    for flag in ("output", "tokens", "documents", "steps", "megabytes"):
+    for flag in ("output", "tokens", "documents", "steps", "megabytes", "png", "mlflow"):
         assert re.search(rf"--{flag}: \w.*", result.stdout)

@@ -374,6 +374,15 @@ class _Delivery:
         self._ended = 0.0
         self.status = ""  # how the training ended; "" while it runs
 
+    @property
+    def uri(self) -> str:
+        return self._uri
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's; "" before the first delivery."""
+        return self._run_id
+
     def read_journal(self) -> None:
         """Takes in what the training said since the last call."""
         entries, self._journal_end = _read_journal(self._run / JOURNAL_FILE, self._journal_end)
@@ -614,26 +623,61 @@ def _follow(run: Path, parent: int) -> int:
                 failures, announced, next_time = 0, False, time.monotonic() + SEND_SECONDS
 
 
+def log_artifacts(run: str | Path, paths: Mapping[str | Path, str]) -> str:
+    """Copies files to the MLflow run of a training that is over, where that training's tracking went; a training that was not
+    tracked gets its run now. A later `replay` elsewhere sends them again.
+
+    Args:
+      run: the run's directory.
+      paths: files or directories -> folders of the run's artifacts.
+
+    Returns:
+      the MLflow run's id.
+
+    Raises:
+      UserError: the training is running, its store has a password that is kept nowhere, or MLflow takes nothing.
+    """
+    run = Path(run).absolute()
+    with _only_one(run, wait=False):
+        delivery = _open_delivery(run, None)
+        with (run / JOURNAL_FILE).open("a") as journal:
+            for path, folder in paths.items():
+                path = Path(path).absolute()
+                path = path.relative_to(run) if path.is_relative_to(run) else path
+                journal.write(json.dumps({"artifact": {"path": str(path), "folder": folder}}) + "\n")
+        _deliver(delivery)
+    return delivery.run_id
+
+
 def _replay(run: Path, uri: str | None) -> None:
     """Sends what MLflow lacks of a run that is over."""
     if not (run / METRICS_FILE).exists() and not (run / JOURNAL_FILE).exists():
         raise UserError(f"{run}: not a run directory: it has no {METRICS_FILE}")
     with _only_one(run, wait=False):
-        starts = [entry["start"] for entry in _read_journal(run / JOURNAL_FILE)[0] if "start" in entry]
-        if not starts:
-            starts = [_untracked_start(run)]
-        target = starts[-1]["uri"] if uri is None else uri
-        if HIDDEN in target:
-            raise UserError(f"{target}: the password is not kept on disk; pass the whole address with --uri")
-        check_tracking_uri(target)
-        delivery = _Delivery(run, _locate(target, run), replay=True)
-        delivery.read_journal()
-        try:
-            points = delivery.send()
-            delivery.finish(delivery.status or "KILLED")
-        except _delivery_errors() as error:
-            raise UserError(f"can't send to MLflow at {redact(target)} ({_reason(error)}); try again later") from error
+        points = _deliver(_open_delivery(run, uri))
     print(f"{points} points were missing in MLflow and are there now")
+
+
+def _open_delivery(run: Path, uri: str | None) -> _Delivery:
+    starts = [entry["start"] for entry in _read_journal(run / JOURNAL_FILE)[0] if "start" in entry]
+    if not starts:
+        starts = [_untracked_start(run)]
+    target = starts[-1]["uri"] if uri is None else uri
+    if HIDDEN in target:
+        raise UserError(f"{target}: the password is not kept on disk; pass the whole address with --uri")
+    check_tracking_uri(target)
+    return _Delivery(run, _locate(target, run), replay=True)
+
+
+def _deliver(delivery: _Delivery) -> int:
+    """Sends all that the files hold, and marks the run as ended; returns the number of points."""
+    delivery.read_journal()
+    try:
+        points = delivery.send()
+        delivery.finish(delivery.status or "KILLED")
+    except _delivery_errors() as error:
+        raise UserError(f"can't send to MLflow at {redact(delivery.uri)} ({_reason(error)}); try again later") from error
+    return points
 
 
 def _untracked_start(run: Path) -> dict[str, Any]:

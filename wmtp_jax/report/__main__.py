@@ -2,13 +2,15 @@
 
 One HTML file that opens from disk and fetches nothing: the token map (validation code, each token shaded by its weight, by
 head, run and training step), the most and least weighted tokens and kinds, curves with the bands of seeds, heads by depth,
-acceptance of drafts. Runs that differ in their seed alone make a group. What a run lacks is shown as missing.
+acceptance of drafts. Runs that differ in their seed alone make a group. What a run lacks is shown as missing. The same
+figures lie beside the page as PNG.
 """
 
 from __future__ import annotations
 
 import datetime
 import shlex
+import tempfile
 from pathlib import Path
 
 from absl import flags
@@ -28,8 +30,11 @@ def main(paths: list[str]) -> None:
             raise UserError(f"--{name}={values[name].value}: at least 1")
     if values.megabytes <= 0:
         raise UserError(f"--megabytes={values.megabytes}: more than 0")
+    if values.mlflow and storage.is_remote(paths[0]):
+        raise UserError(f"--mlflow: {paths[0]} is a copy in object storage; name the run's own directory first")
     # Imported after the flags have been checked, so that --help and a wrong flag answer at once.
     from wmtp_jax.report.content import page_content
+    from wmtp_jax.report.figures import draw_figures
     from wmtp_jax.report.page import render
     from wmtp_jax.report.runs import group_runs, read_runs
     from wmtp_jax.report.tokens import read_documents
@@ -46,29 +51,42 @@ def main(paths: list[str]) -> None:
         "mapLeftOut": not values.tokens,
     }
     text = render(content, title=f"{', '.join(group.label for group in groups)} – WMTP")
-    page = _write(text, values.output, paths[0])
-    for run in runs:
-        if run.missing:
-            print(f"{storage.shown(str(run.path))}: {', '.join(run.missing)}")
-    print(f"{page}: {len(text.encode()) / 1e6:.2f} MB" + (f"; of the token map: {left}" if left else ""))
+    remote = values.output if values.output and storage.is_remote(values.output) else None
+    with tempfile.TemporaryDirectory() as scratch:
+        page = _place(Path(scratch) / Path(remote).name if remote else values.output, paths[0])
+        figures = page.parent / "figures"
+        with disk_errors(page.parent, setting="--output"):
+            page.parent.mkdir(parents=True, exist_ok=True)
+            temporary = page.with_name(f".{page.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(page)
+            drawn = draw_figures(figures, content, runs, groups, documents) if values.png else []
+        where, beside = str(page), f"{figures}/"
+        if remote:
+            root = remote.rpartition("/")[0] if remote.endswith(".html") else storage.join(remote)
+            where, beside = storage.join(root, page.name), storage.join(root, "figures/")
+            for file in (page, *drawn):
+                address, data = storage.join(root, file.relative_to(page.parent).as_posix()), file.read_bytes()
+                storage.patiently(lambda address=address, data=data: storage.put(address, data))
+        for run in runs:
+            if run.missing:
+                print(f"{storage.shown(str(run.path))}: {', '.join(run.missing)}")
+        print(f"{where}: {len(text.encode()) / 1e6:.2f} MB" + (f"; of the token map: {left}" if left else ""))
+        if drawn:
+            print(f"{beside}: the same figures as PNG")
+        if values.mlflow:
+            from wmtp_jax.tracking import log_artifacts
+
+            artifacts = {page: "report", **dict.fromkeys(drawn, "report/figures")}
+            print(f"MLflow: artifacts in report/ of run {log_artifacts(runs[0].path, artifacts)}")
 
 
-def _write(text: str, output: str | None, run: str) -> Path | str:
-    """Writes the page where the flag says, or else into the run, or into runs/NAME for a run in object storage; says where."""
-    if output is not None and storage.is_remote(output):
-        address = storage.join(output) if output.endswith(".html") else storage.join(output, "index.html")
-        storage.patiently(lambda: storage.put(address, text.encode()))
-        return address
+def _place(output: str | Path | None, run: str) -> Path:
+    """The page's path: where the flag says, or else in the run, or in runs/NAME for a run in object storage."""
     # The copy in the cache is no place for results.
     own = Path("runs") / storage.join(run).rpartition("/")[2] if storage.is_remote(run) else Path(run)
     directory = Path(output) if output else own / "report"
-    page = directory if directory.suffix == ".html" else directory / "index.html"
-    with disk_errors(page.parent, setting="--output"):
-        page.parent.mkdir(parents=True, exist_ok=True)
-        temporary = page.with_name(f".{page.name}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(page)
-    return page
+    return directory if directory.suffix == ".html" else directory / "index.html"
 
 
 if __name__ == "__main__":
@@ -86,4 +104,6 @@ if __name__ == "__main__":
     flags.DEFINE_float(
         "megabytes", 5.0, "Size of the page, at most: steps, then documents are left out to stay below, and said so."
     )
+    flags.DEFINE_boolean("png", True, "The figures as PNG, too, for papers, in figures/ beside the page.")
+    flags.DEFINE_boolean("mlflow", False, "Copy page and figures to the MLflow run of the first RUN, whose training is over.")
     cli.run(main, description=__doc__, arguments="RUN")
