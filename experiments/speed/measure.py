@@ -8,8 +8,9 @@ Needs jax, flax, optax, numpy, ml_collections and torch. What is compared runs i
 backwards; a ratio is the median over rounds of two times of the same round, so that what else the machine does reaches both.
 Writes results/SUITE.json and .svg, and the tables in README.md.
 
-Parts: `peers` (ours and plain updates), `heads` (1, 2, 4, 8 of each kind), `algorithms` (every algorithm beside the baseline),
-`loss` (loss and gradients alone; CPU suite), `flops` (the formula beside XLA's cost analysis).
+Parts: `flops` (the formula beside XLA's cost analysis), `memory` (ours and plain updates, each in a fresh process, with
+compile times), `peers` (their speed), `heads` (1, 2, 4, 8 of each kind), `algorithms` (every algorithm beside the baseline),
+`loss` (loss and gradients alone; CPU suite).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +35,10 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # glibc keeps some of what is freed; children read their resident size.
 os.environ.setdefault("MALLOC_TOP_PAD_", "0")
+# What torch.compile kept from an earlier run would be no compile time; children compile, the parent finds what they made.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    kept_by_inductor = tempfile.TemporaryDirectory()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = kept_by_inductor.name
 
 import jax
 import torch
@@ -43,7 +49,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]  # siblings, and the package
 import loss as loss_part  # noqa: E402
 import tables  # noqa: E402
 from torch_model import resident  # noqa: E402
-from updates import ALGORITHMS, EAGER, PEERS, Shape, full_logits_loss, jax_update, peer  # noqa: E402
+from updates import ALGORITHMS, EAGER, PEERS, Shape, Update, full_logits_loss, jax_update, peer  # noqa: E402
 
 from wmtp_jax.devices import peak_flops, set_gpu_flags  # noqa: E402
 from wmtp_jax.flops import flops_per_token, recomputed_flops_per_token  # noqa: E402
@@ -64,7 +70,7 @@ SUITES = {
     "smoke": [Shape("tiny", 128, 32, 2, 2, 64, 2, 16, "float32")],
 }
 COUNTS = {"cpu": (1, 2, 4, 8), "gpu": (1, 2, 4, 8), "smoke": (1, 2)}
-PARTS = ("flops", "peers", "heads", "algorithms", "loss")
+PARTS = ("flops", "memory", "peers", "heads", "algorithms", "loss")
 
 
 # ---- time ----------------------------------------------------------------------------------------------------------
@@ -99,29 +105,32 @@ def speed(times: list[float], shape: Shape, heads: int, kind: str, peak: float |
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def temporary_bytes(name: str, shape: Shape, heads: int) -> int:
-    """Runs in a fresh process: what an update takes at its peak beyond parameters, gradients and optimizer state.
-
-    On a CPU the growth of the process, on a GPU the library's own count. The first updates make what stays.
-    """
+def fresh(name: str, shape: Shape, heads: int) -> tuple[float, int]:
+    """Runs in a fresh process: seconds of compilation, and what an update takes at its peak beyond parameters, gradients and
+    optimizer state."""
     update = peer(name, shape, heads)
-    update.step()
+    return update.compile_seconds, temporary_bytes(name, update, shape, heads)
+
+
+def temporary_bytes(name: str, update: Update, shape: Shape, heads: int) -> int:
+    """Of JAX by XLA's buffer assignment, of torch by the growth of the process, on a GPU by its allocator's count.
+
+    The first updates make what stays.
+    """
     gradients = 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(shape.settings(heads))[1]))
-    if jax.default_backend() != "gpu":
-        update.step()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = resident("VmRSS")
-        update.step()
-        return resident("VmHWM") - before - gradients
-    if name.startswith("torch"):
-        torch.cuda.synchronize()
+    if update.temporary_bytes is not None:
+        return update.temporary_bytes - gradients
+    update.step()
+    if jax.default_backend() == "gpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         update.step()
         return torch.cuda.max_memory_allocated() - before - gradients
-    # jax's peak can't begin anew: gradients and temporaries are one buffer beside what is there all the time.
-    statistics_ = jax.devices()[0].memory_stats()
-    return max(update.temporary_bytes, statistics_["peak_bytes_in_use"] - statistics_["bytes_in_use"]) - gradients
+    update.step()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    update.step()
+    return resident("VmHWM") - before - gradients
 
 
 def in_child(function: Callable, *arguments: Any) -> Any:
@@ -146,26 +155,35 @@ def _built(make: Callable, *arguments: Any, **options: Any) -> Any:
         return None
 
 
-def measure_peers(suite: str, pairs: int, peak: float | None) -> list[dict]:
+def measure_memory(suite: str, pairs: int, peak: float | None, names: tuple[str, ...]) -> list[dict]:
     rows, heads = [], max(COUNTS[suite][:3])
     for shape in SUITES[suite]:
-        memory = {name: in_child(_memory_or_none, name, shape, heads) for name in PEERS}
-        updates = {name: _built(peer, name, shape, heads) for name in PEERS}
+        for name in names:
+            row = {"shape": shape.name, "heads": heads, "name": name}
+            found = in_child(_fresh_or_none, name, shape, heads)
+            rows.append(row | dict(zip(("compile_seconds", "temporary_bytes"), found or (None, None), strict=True)))
+            _tell(rows[-1])
+    return rows
+
+
+def measure_peers(suite: str, pairs: int, peak: float | None, names: tuple[str, ...]) -> list[dict]:
+    rows, heads = [], max(COUNTS[suite][:3])
+    for shape in SUITES[suite]:
+        updates = {name: _built(peer, name, shape, heads) for name in names}
         times = rounds({name: update.step for name, update in updates.items() if update}, pairs)
-        for name in PEERS:
-            row = {"shape": shape.name, "heads": heads, "name": name, "temporary_bytes": memory[name]}
+        for name in names:
+            row = {"shape": shape.name, "heads": heads, "name": name}
             if name in times:
                 row |= speed(times[name], shape, heads, "linear", peak)
-                row["compile_seconds"] = updates[name].compile_seconds
                 row |= beside(times[name], times[EAGER]) if EAGER in times else {}
             rows.append(row)
             _tell(row)
     return rows
 
 
-def _memory_or_none(name: str, shape: Shape, heads: int) -> int | None:
+def _fresh_or_none(name: str, shape: Shape, heads: int) -> tuple[float, int] | None:
     try:
-        return temporary_bytes(name, shape, heads)
+        return fresh(name, shape, heads)
     except (torch.OutOfMemoryError, jax.errors.JaxRuntimeError):
         return None  # the parent's attempt says why
 
@@ -261,38 +279,47 @@ def main() -> None:
     parser.add_argument("--suite", choices=SUITES, default="gpu" if jax.default_backend() == "gpu" else "cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of heads")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="of memory and peers")
     parser.add_argument("--pairs", type=int, default=7, help="rounds")
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables and the plot again")
     arguments = parser.parse_args()
     suite = arguments.suite
     path = HERE / "results" / f"{suite}.json"
     kept = json.loads(path.read_text()) if path.is_file() else {}
-    if not arguments.tables:
-        peak = peak_flops(jax.devices()[0])
-        facts = {
-            "hardware": hardware(), "date": datetime.date.today().isoformat(), "pairs": arguments.pairs,
-            "threads": torch.get_num_threads(), "jax": jax.__version__, "torch": torch.__version__, "peak_flops": peak,
-        }  # fmt: skip
-        print(facts, flush=True)
-        measures = {
-            "flops": measure_flops, "peers": measure_peers, "algorithms": measure_algorithms, "loss": measure_loss,
-            "heads": functools.partial(measure_heads, kinds=tuple(arguments.kinds)),
-        }  # fmt: skip
-        for part in arguments.parts:
-            print(part, flush=True)
-            rows = measures[part](suite, arguments.pairs, peak)
-            if part == "heads":  # kinds that were left away stay as they were
-                old = kept.get(part, {}).get("rows", [])
-                rows = [row for row in old if row["kind"] not in arguments.kinds] + rows
-            kept[part] = {**facts, "load": round(os.getloadavg()[0], 1), "rows": rows}
+    if arguments.tables:
+        _write(path, suite, kept)
+        return
+    peak = peak_flops(jax.devices()[0])
+    facts = {
+        "hardware": hardware(), "date": datetime.date.today().isoformat(), "pairs": arguments.pairs,
+        "threads": torch.get_num_threads(), "jax": jax.__version__, "torch": torch.__version__, "peak_flops": peak,
+    }  # fmt: skip
+    print(facts, flush=True)
+    names, kinds = tuple(arguments.peers), tuple(arguments.kinds)
+    measures = {
+        "flops": measure_flops, "algorithms": measure_algorithms, "loss": measure_loss,
+        "memory": functools.partial(measure_memory, names=names), "peers": functools.partial(measure_peers, names=names),
+        "heads": functools.partial(measure_heads, kinds=kinds),
+    }  # fmt: skip
+    chosen = {"heads": ("kind", kinds), "memory": ("name", names)}
+    for part in arguments.parts:
+        print(part, flush=True)
+        rows = measures[part](suite, arguments.pairs, peak)
+        if part in chosen:  # what was left away stays as it was
+            key, wanted = chosen[part]
+            rows = [row for row in kept.get(part, {}).get("rows", []) if row[key] not in wanted] + rows
+        kept[part] = {**facts, "load": round(os.getloadavg()[0], 1), "rows": rows}
+        if suite != "smoke":
+            _write(path, suite, kept)
     if suite == "smoke":
         print(tables.render(kept))
-        return
+
+
+def _write(path: Path, suite: str, found: dict) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1) + "\n")
-    path.with_suffix(".svg").write_text(tables.plot(kept))
-    tables.insert(HERE / "README.md", suite, tables.render(kept))
-    print(f"written: {path}, {path.with_suffix('.svg').name}, README.md")
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.with_suffix(".svg").write_text(tables.plot(found))
+    tables.insert(HERE / "README.md", suite, tables.render(found))
 
 
 if __name__ == "__main__":
