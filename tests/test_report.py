@@ -490,6 +490,19 @@ def test_runs_that_cannot_stand_side_by_side_are_refused(tokenizer, runs, tmp_pa
     assert result.returncode == 0 and (tmp_path / "curves.html").exists()
 
 
+def test_what_a_continued_run_kept_of_other_documents_is_left_out(tokenizer, tmp_path):
+    run, before = write_run(tmp_path / "run", tokenizer), write_run(tmp_path / "before", tokenizer, rows=2, steps=(20,))
+    (before / "tokens" / "20.npz").rename(run / "tokens" / "20.npz")
+    metrics = (run / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(metrics[-1])
+    last |= {"eval/ce_head_1": None, "nonfinite": {"eval/ce_head_1": "nan"}}
+    (run / "metrics.jsonl").write_text("\n".join([*metrics[:-1], json.dumps(last)]) + "\n")
+    read = read_runs([run])
+    content, left = page_content(read, group_runs(read), read_documents(read), steps=6, pieces=50, limit=10**7)
+    assert content["map"]["steps"] == [0, 40, 80] and left == "3 of 4 steps"
+    assert content["runs"][0]["last"]["eval/ce_head_1"] is None and embed(content)
+
+
 def test_damaged_files_are_named(tokenizer, tmp_path):
     run = write_run(tmp_path / "torn", tokenizer)
     metrics = run / "metrics.jsonl"

@@ -40,7 +40,7 @@ def places(directory: Path, tracking_uri: str, tracked: bool) -> list[tuple[str,
     rows = [
         ("curves", directory / "curves.png"),
         ("metrics", directory / "metrics.jsonl"),
-        ("weights of single tokens", directory / "tokens"),
+        ("weights of single tokens", f"python -m wmtp_jax.report {directory}"),
         ("checkpoints", directory / "checkpoints"),
     ]
     if tracked:

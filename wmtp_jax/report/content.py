@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,17 @@ import numpy as np
 from wmtp_jax.evaluation.token_kinds import KINDS
 from wmtp_jax.report import series
 from wmtp_jax.report.runs import Group, Run
-from wmtp_jax.report.tokens import QUANTITIES, UNRECORDED, Documents, by_token, pack, pack_indices, read_entries, spell
+from wmtp_jax.report.tokens import (
+    QUANTITIES,
+    UNRECORDED,
+    Documents,
+    by_token,
+    files_on,
+    pack,
+    pack_indices,
+    read_entries,
+    spell,
+)
 
 _SUMMARY = ("eval/bits_per_byte", "train/effective_sample_fraction")
 _DOMAIN_SHARE = 99.5  # percentile that the darkest shade stands for: a few outliers would leave all else pale
@@ -46,12 +57,13 @@ def page_content(
     if documents is None:
         return content, ""
     limit -= len(json.dumps(content))
+    files = [files_on(run, documents) for run in runs]
     kept = {step for run in runs for step in run.token_files}
-    available, most = len(documents.starts) - 1, max(len(run.token_files) for run in runs)
+    available, most = len(documents.starts) - 1, max(map(len, files))
     pieces, steps = min(pieces, available), min(steps, most)
     cache: dict[tuple[int, int], dict[str, Packed]] = {}
     while True:
-        content["map"] = _map(runs, documents.first(pieces), documents, steps, cache)
+        content["map"] = _map(files, documents.first(pieces), documents, steps, cache)
         size = len(json.dumps(content["map"]))
         if size <= limit or (steps <= 2 and pieces <= 1):
             break
@@ -86,8 +98,9 @@ def _about(run: Run) -> dict[str, Any]:
 
 
 def _map(
-    runs: Sequence[Run], shown: Documents, whole: Documents, steps: int, cache: dict[tuple[int, int], dict[str, Packed]]
-) -> dict[str, Any]:
+    files: Sequence[dict[int, Path]], shown: Documents, whole: Documents, steps: int,
+    cache: dict[tuple[int, int], dict[str, Packed]],
+) -> dict[str, Any]:  # fmt: skip
     texts, index = spell(shown)
     blobs: dict[str, int] = {}
     table: list[dict[str, Any]] = []
@@ -101,11 +114,11 @@ def _map(
         return blobs[key]
 
     entries, ranges = [], {name: [] for name in QUANTITIES}
-    for number, run in enumerate(runs):
+    for number, own in enumerate(files):
         at = {}
-        for step in spread(list(run.token_files), steps):
+        for step in spread(list(own), steps):
             if (number, step) not in cache:
-                arrays = by_token(read_entries(run.token_files[step]), whole)
+                arrays = by_token(read_entries(own[step]), whole)
                 # Head by head, so that a head's numbers lie together.
                 cache[number, step] = {
                     name: Packed(pack(np.ascontiguousarray(part.T)), _range(part))

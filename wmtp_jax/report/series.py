@@ -71,7 +71,7 @@ def depth_charts(runs: Sequence[Run], groups: Sequence[Group]) -> list[dict[str,
         first = 1 if identity == "acceptance" else 0
         series = []
         for number, group in enumerate(groups):
-            values = [one for member in group.members if (one := read(runs[member]))]
+            values = [one for member in group.members if (one := read(runs[member])) and np.isfinite(one).all()]
             if values:
                 depth = min(map(len, values))
                 table = np.array([one[:depth] for one in values], np.float64)

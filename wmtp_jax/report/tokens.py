@@ -94,6 +94,17 @@ def read_entries(file: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def files_on(run: Run, documents: Documents) -> dict[int, Path]:
+    """The run's files about these documents: a continued run may have kept others before (`eval.token_rows` may change)."""
+    kept = {}
+    for step, file in run.token_files.items():
+        arrays = read_entries(file)
+        tokens = arrays["tokens"].ravel()
+        if documents.place[-1] < tokens.size and np.array_equal(tokens[documents.place], documents.tokens):
+            kept[step] = file
+    return kept
+
+
 def by_token(arrays: dict[str, np.ndarray], documents: Documents) -> dict[str, np.ndarray]:
     """What is known of every token: `weight`, `loss` and, where there is a reference, `reference_loss`, float64 `[T, H]`, NaN
     where the token is no target of a head; with a critic, `value [T]`."""
