@@ -202,6 +202,7 @@ def hover(page, token, panel=0):
 def test_the_page_opens_from_disk_without_an_error_or_a_request(page, page_file):
     assert page.errors == []
     assert page.requests == [page_file.as_uri()]
+    assert "://" not in page_file.read_text()
     assert page.evaluate("document.title").startswith("rho1-tokenskip, critic-wmtp")  # not what the text asked for
     assert page.evaluate("document.querySelectorAll('script').length") == 2
     assert EVIL[:-1] in page.evaluate(spans() + ".map(span => span.textContent).join('')")

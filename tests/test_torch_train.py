@@ -69,6 +69,7 @@ def test_both_backends_leave_the_same_directory(finished, finished_in_jax):
     assert set(entries.files) == set(expected.files)
     for name in entries.files:
         assert entries[name].shape == expected[name].shape and entries[name].dtype == expected[name].dtype, name
+    np.testing.assert_array_equal(entries["kinds"], expected["kinds"])
 
 
 def test_from_the_same_start_both_give_the_same_curves(tiny, finished_in_jax, tmp_path):

@@ -19,7 +19,7 @@
     return node;
   }
   function svg(tag, attributes = {}, ...children) {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    const node = document.createElementNS($("drawing").namespaceURI, tag);
     for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
     node.append(...children);
     return node;
@@ -42,7 +42,7 @@
   }
   const places = (x, n) => (Number.isFinite(x) ? x.toFixed(n).replace("-", "−") : x === Infinity ? "not finite" : "–");
   const count = (n) => n.toLocaleString("en-US");
-  const percent = (x) => (Number.isFinite(x) ? `${(100 * x).toFixed(1)}%` : "–");
+  const percent = (x) => (Number.isFinite(x) ? `${x >= 0.1 ? (100 * x).toFixed(1) : +(100 * x).toPrecision(2)}%` : "–");
   function brief(x) {
     const size = Math.abs(x);
     if (size >= 1e6) return `${+(x / 1e6).toPrecision(3)}M`;
@@ -459,7 +459,8 @@
         const span = one.runs > 1 ? ` (${brief(one.low[i])}–${brief(one.high[i])})` : "";
         parts.push(`${groups[one.group].label} ${brief(one.mean[i])}${span}`);
       }
-      read.textContent = `${depth ? panel.label.replace("{}", x) : `step ${count(x)}`}: ${parts.join(" · ")}`;
+      const spans = parts.flatMap((part, i) => (i ? [" · ", el("span", { text: part })] : [el("span", { text: part })]));
+      read.replaceChildren(`${depth ? panel.label.replace("{}", x) : `step ${count(x)}`}: `, ...spans);
       cross.setAttribute("x1", X(x)); cross.setAttribute("x2", X(x));
       cross.setAttribute("visibility", crossed ? "visible" : "hidden");
     }
@@ -505,7 +506,7 @@
     }
     choice.addEventListener("change", draw);
     draw();
-    $("depth-charts").append(el("figure", {}, el("figcaption", {}, el("h3", { text: "Top-1 accuracy by kind of token" }), choice), place));
+    $("depth-charts").append(el("figure", {}, el("figcaption", { class: "beside" }, el("h3", { text: "Top-1 accuracy by kind of token" }), choice), place));
   }
 
   async function start() {
