@@ -5,7 +5,7 @@ The child uploads what is in the queue: what else the run has written, the check
 checkpoint without one doesn't count there either. Then it removes what keep-last and keep-best no longer hold.
 
 Why a process and not threads: importing boto3 and signing requests is Python, which threads would share with the steps; and
-what an upload needs of memory or breaks by is not the training's. No figure of the difference has been taken yet.
+what an upload needs of memory or breaks by is not the training's. Figures: experiments/storage; threads were not measured.
 
     python -m wmtp_jax.mirror push RUN s3://BUCKET/PREFIX    uploads what is not there yet
     python -m wmtp_jax.mirror pull s3://BUCKET/PREFIX RUN    fetches the newest whole checkpoints and what belongs to them

@@ -103,7 +103,7 @@ def measure_upload(megabytes: float, pairs: int, run: Path, port: int) -> None:
         print(f"pair {pair}: ours {rates['ours']:.0f} MB/s, upload_file {rates['plain']:.0f} MB/s, ratio {ratios[-1]:.2f}; "
               f"extra memory {extra[-1] / MB:.0f} MB, {spent:.2f} s of CPU", flush=True)
     print(f"ratio: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
-          f"extra memory at most {max(extra) / MB:.0f} MB")
+          f"extra memory at most {max(extra) / MB:.0f} MB, of {memory(pid)['VmHWM'] / MB:.0f} MB that the process takes")
     stored = client(port).list_objects_v2(Bucket=BUCKET, Prefix=f"run/checkpoints/{pairs + 1}/")["Contents"]
     assert any(entry["Key"].endswith(MANIFEST) for entry in stored)
     plain.stdin.close()
