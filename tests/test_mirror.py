@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from tests.object_store import READER
 from wmtp_jax import mirror, storage
+from wmtp_jax.compatible import explained_variance
 from wmtp_jax.errors import UserError
 from wmtp_jax.manifest import MANIFEST, problem, seal, settle
 from wmtp_jax.mirror import Mirror, claim, mirrored, pull, push
@@ -156,6 +158,18 @@ def test_a_directory_is_the_copy_of_one_run(tmp_path):
     claim(tmp_path, "s3://b/one")
     with pytest.raises(UserError, match="local directory of s3://b/one"):
         claim(tmp_path, "s3://b/two")
+
+
+def test_a_value_head_there_is_the_best_one_of_its_run(s3, tmp_path):
+    """Of a run the newest checkpoint alone is fetched; the best one is fetched for itself."""
+    write(tmp_path / "value" / "checkpoints", {10: 1.0, 20: 2.0})
+    facts = {"best_step": 10, "explained_variance": {"10": 0.5, "20": 0.25}}
+    (tmp_path / "value" / "summary.json").write_text(json.dumps(facts))
+    push(tmp_path / "value", f"{s3}/value")
+    where, share = explained_variance(f"{s3}/value")
+    assert (where.name, share) == ("10", 0.5) and content(where) == content(tmp_path / "value" / "checkpoints" / "10")
+    where, share = explained_variance(f"{s3}/value/checkpoints/20")
+    assert (where.name, share) == ("20", 0.25) and problem(where) == ""
 
 
 def test_who_may_not_write_there_is_told_before_training(s3, tmp_path, monkeypatch):
