@@ -14,6 +14,7 @@ from flax import nnx
 
 from wmtp_jax.model import Model, ModelSettings, layers, segment_positions, split
 from wmtp_jax.settings import Weighting
+from wmtp_jax.softmax import tiling
 from wmtp_jax.train_step import loss_and_gradients
 
 V, S, H = 37, 12, 3
@@ -353,3 +354,11 @@ def test_attention_on_cuda_in_bfloat16_is_cudnns_with_the_mask_of_segments(monke
     assert len(calls) == 1 and calls[0]["implementation"] == "cudnn" and calls[0]["mask"] is mask
     layers.attend(*(x.astype(jnp.float32) for x in (query, key, value)), mask)
     assert len(calls) == 1  # cuDNN has no float32
+
+
+def test_tiles_of_the_loss_are_larger_on_an_accelerator():
+    assert tiling(8192, 49_152, None) == (1024, 1024)
+    assert tiling(8192, 49_152, None, accelerated=True) == (4096, 4096)
+    # What was asked for holds on both, and small logits are one tile.
+    assert tiling(8192, 49_152, 256, accelerated=True)[0] == 256
+    assert tiling(512, 1024, None, accelerated=True) == (512, 1024)

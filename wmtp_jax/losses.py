@@ -57,7 +57,7 @@ def token_statistics(
     if sharding.current_mesh() is not None:
         return TokenStatistics(*_sharded_statistics(hidden, unembedding, targets, chunk_size))
     width, vocabulary = unembedding.shape[-2:]
-    chunk, tile = tiling(tokens, vocabulary, chunk_size)
+    chunk, tile = tiling(tokens, vocabulary, chunk_size, accelerated=_accelerated())
     statistics = _token_statistics(
         hidden.reshape(tokens, width),
         unembedding.reshape(-1, vocabulary),
@@ -248,7 +248,7 @@ def _sharded_statistics(
 def _sharded_forward(hidden, unembedding, targets, chunk_size):
     def local(hidden: Array, part: Array, targets: Array) -> tuple[Array, ...]:
         states, part, local_targets = _local(hidden, sharding.gather_width(part, axis=-2), targets)
-        chunk, tile = tiling(len(states), part.shape[1], chunk_size)
+        chunk, tile = tiling(len(states), part.shape[1], chunk_size, accelerated=_accelerated())
         softmax = _softmax(states, part, local_targets, chunk=chunk, tile=tile)
         scaled = rescale(jnp, softmax, lax.pmax(softmax.maximum, "tensor"))
         whole = Softmax(scaled.maximum, *lax.psum(scaled[1:], "tensor"))
@@ -267,7 +267,7 @@ def _sharded_forward(hidden, unembedding, targets, chunk_size):
 def _sharded_backward(chunk_size, residuals, cotangents):
     def local(hidden: Array, part: Array, targets: Array, *by_entry: Array) -> tuple[Array, Array]:
         states, whole_width, local_targets = _local(hidden, sharding.gather_width(part, axis=-2), targets)
-        chunk, tile = tiling(len(states), whole_width.shape[1], chunk_size)
+        chunk, tile = tiling(len(states), whole_width.shape[1], chunk_size, accelerated=_accelerated())
         by_entry = (values.reshape(len(states), -1).T for values in by_entry)
         d_states, d_part = _gradients(states, whole_width, local_targets, *by_entry, chunk=chunk, tile=tile)
         d_part = d_part.reshape(*part.shape[:-2], -1, part.shape[-1])
@@ -300,6 +300,10 @@ def _specs(hidden: Array, unembedding: Array, targets: Array) -> tuple[Partition
 
 
 # ---- shared --------------------------------------------------------------------------------------------------------
+
+
+def _accelerated() -> bool:
+    return jax.default_backend() != "cpu"
 
 
 def _accumulation_type(hidden: Array, unembedding: Array) -> jnp.dtype:

@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 Array = Any  # of either backend
 
 # Tokens and vocabulary entries of one tile of logits. 4 MiB in float32 stays in the cache of a CPU, and the matrix
-# products are large enough to run at full speed.
+# products are large enough to run at full speed. An accelerator wants larger ones: a product of 1,024 x 1,024 is 64 blocks of
+# 128 x 128, fewer than an H100 has units (132), one of 4,096 x 4,096 is 1,024 of them, in 64 MiB.
 CHUNK = 1024
 TILE = 1024
+ACCELERATED = 4
 # Logits up to this many elements (16 MiB in float32) are one tile: small models pay for no loop.
 SINGLE_TILE = 1 << 22
 
@@ -70,14 +72,16 @@ def finish(arrays: ModuleType, softmax: Softmax) -> TokenStatistics:
     return TokenStatistics(loss, entropy, softmax.squared_sum / softmax.normalizer**2)
 
 
-def tiling(tokens: int, vocabulary: int, chunk_size: int | None) -> tuple[int, int]:
-    """The tokens and the vocabulary entries of a tile, as even as can be; at most `chunk_size` tokens, None by the shapes."""
+def tiling(tokens: int, vocabulary: int, chunk_size: int | None, *, accelerated: bool = False) -> tuple[int, int]:
+    """The tokens and the vocabulary entries of a tile, as even as can be; at most `chunk_size` tokens, None by the shapes and by
+    whether an accelerator makes the products."""
+    factor = ACCELERATED if accelerated else 1
     if chunk_size is None:
-        chunk_size = tokens if tokens * vocabulary <= SINGLE_TILE else CHUNK
+        chunk_size = tokens if tokens * vocabulary <= SINGLE_TILE else CHUNK * factor
     if tokens <= chunk_size and tokens * vocabulary <= SINGLE_TILE:
         return tokens, vocabulary
     chunk = math.ceil(tokens / math.ceil(tokens / chunk_size))
-    even = math.ceil(vocabulary / math.ceil(vocabulary / TILE))
+    even = math.ceil(vocabulary / math.ceil(vocabulary / (TILE * factor)))
     return chunk, min(vocabulary, math.ceil(even / 64) * 64)  # 64: whole vectors and matrix fragments
 
 

@@ -50,7 +50,8 @@ def token_statistics(
     tokens, heads = check_arguments(hidden, unembedding, targets, chunk_size)
     width, vocabulary = unembedding.shape[-2:]
     arrays = hidden.reshape(tokens, width), unembedding.reshape(-1, vocabulary), targets.reshape(tokens, heads).T.long()
-    statistics = _TokenStatistics.apply(*arrays, *tiling(tokens, vocabulary, chunk_size))
+    accelerated = hidden.device.type != "cpu"
+    statistics = _TokenStatistics.apply(*arrays, *tiling(tokens, vocabulary, chunk_size, accelerated=accelerated))
     return TokenStatistics(*(values.T.reshape(targets.shape) for values in statistics))
 
 
