@@ -19,10 +19,11 @@ from flax import nnx, traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from wmtp_jax import sharding
+from wmtp_jax.distributed import ALONE, Processes
 from wmtp_jax.errors import check_room, disk_errors
 from wmtp_jax.manifest import seal, settle
 from wmtp_jax.mirror import Mirror
-from wmtp_jax.model import ModelSettings, Parameters, abstract_parameters, nest
+from wmtp_jax.model import ModelSettings, Parameters, abstract_parameters, flatten, nest
 from wmtp_jax.parameters_file import (
     FILE,
     check_backend,
@@ -33,6 +34,7 @@ from wmtp_jax.parameters_file import (
     write_arrays,
 )
 from wmtp_jax.run_directory import find_checkpoint
+from wmtp_jax.sharding import gather
 from wmtp_jax.train_step import TrainState
 
 BACKEND = "jax"
@@ -47,12 +49,15 @@ class Checkpoints:
       best_metric: name of the evaluation metric whose lowest value is kept as well; "" for none. Only saves whose step
         was evaluated take part.
       mirror: what brings complete ones to object storage; None: they stay here.
+      processes: that train together. Each writes its part of the optimizer's state, the first one the parameters and the
+        manifest; all call every method alike, and see one directory.
 
     Raises:
       UserError: the directory can't be made, all that is in it is damaged, or its newest checkpoint is of the other backend.
     """
 
-    def __init__(self, directory: Path, *, keep_last: int, best_metric: str, mirror: Mirror | None = None):
+    def __init__(self, directory: Path, *, keep_last: int, best_metric: str, mirror: Mirror | None = None,
+                 processes: Processes = ALONE):  # fmt: skip
         policies = ocp.training.preservation_policies
         keep: list[Any] = [policies.LatestN(keep_last)]
         if best_metric:
@@ -65,12 +70,13 @@ class Checkpoints:
             keep.append(best)
         self.directory = directory
         self.best_metric = best_metric
-        self.keep_last, self._mirror = keep_last, mirror
+        self.keep_last, self._mirror, self._processes = keep_last, mirror, processes
         self._pending: Future | None = None
         self._sealer = ThreadPoolExecutor(1)
         with disk_errors(directory, setting="--workdir"):
-            if settle(directory) is not None:
+            if processes.first and settle(directory) is not None:
                 check_backend(find_checkpoint(directory), BACKEND)
+            processes.barrier("settled")
             self._checkpointer = ocp.training.Checkpointer(
                 directory.absolute(),
                 preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -104,7 +110,7 @@ class Checkpoints:
             return
         if self._mirror is not None:
             self._mirror.wait_for_room()
-        parameters = _ParametersItem(state.parameters, {"backend": BACKEND, **metadata})
+        parameters = _ParametersItem(self._held(state.parameters), {"backend": BACKEND, **metadata})
         check_room(self.directory, sum(leaf.nbytes for leaf in jax.tree.leaves(state)), setting="--workdir")
         with disk_errors(self.directory, setting="--workdir"):
             saving = self._checkpointer.save_checkpointables_async(
@@ -115,8 +121,21 @@ class Checkpoints:
             )
         self._pending = self._sealer.submit(self._seal, saving, step, metrics)
 
+    def _held(self, parameters: Parameters) -> Parameters:
+        """What this process writes of the parameters: one file holds them all, and the first process writes it."""
+        if self._processes.count == 1:
+            return parameters
+        gathered = {}
+        for name, leaf in flatten(parameters).items():
+            whole = gather(leaf)
+            if self._processes.first:
+                gathered[name] = whole
+        return nest(gathered)
+
     def _seal(self, saving: Any, step: int, metrics: dict[str, float] | None) -> None:
         saving.result()
+        if not self._processes.first:
+            return
         where = self.directory / str(step)
         seal(where, step, metrics=metrics, keep_last=self.keep_last, best_metric=self.best_metric)
         if self._mirror is not None:
@@ -186,12 +205,15 @@ class _ParametersItem:
     async def save(self, directory: Any) -> Awaitable[None]:
         # What is returned runs in the background; by then the next update may own the arrays' memory, so they are copied here.
         for leaf in self.parameters.values():
-            leaf.copy_to_host_async()
+            if isinstance(leaf, jax.Array):
+                leaf.copy_to_host_async()
         named = {name: np.array(leaf) for name, leaf in self.parameters.items()}
         return self._write(directory, named)
 
     async def _write(self, directory: Any, named: dict[str, np.ndarray]) -> None:
-        write_arrays(Path(await directory.await_creation()) / FILE.name, named, self.metadata)
+        where = Path(await directory.await_creation())
+        if named:
+            write_arrays(where / FILE.name, named, self.metadata)
 
     async def load(self, directory: Any) -> Awaitable[None]:
         raise NotImplementedError("parameters are read without Orbax: parameters_file.read_arrays")

@@ -1,7 +1,7 @@
 """What the command-line entry files share: flags parsed with one-line errors, and errors turned into exit codes.
 
-Exit codes: 0 done, 2 an error the user can put right (a wrong flag included), 3 a non-finite loss, 130 and 143 stopped by
-SIGINT and SIGTERM. A bug ends in a traceback and 1.
+Exit codes: 0 done, 2 an error the user can put right (a wrong flag included), 3 a non-finite loss, 5 another process of the
+run is gone, 130 and 143 stopped by SIGINT and SIGTERM. A bug ends in a traceback and 1.
 """
 
 from __future__ import annotations

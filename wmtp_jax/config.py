@@ -620,7 +620,10 @@ def validate(config: ConfigDict) -> None:
 
 
 def check_one_device(config: ConfigDict) -> None:
-    """Refuses a mesh of several devices, for a backend that trains on one."""
+    """Refuses several processes, and a mesh of several devices, for a backend that trains on one."""
+    from wmtp_jax.distributed import refuse_several  # late: recipes need none of it
+
+    refuse_several("the torch backend trains in one")
     for axis, size in config.mesh.items():
         # All that is there is one device; but to ask for parameters in parts is to ask for what fits no single one.
         if size > 1 or (size == -1 and axis != "data"):

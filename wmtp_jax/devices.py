@@ -39,7 +39,7 @@ def choose_device(name: str | None) -> jax.Device:
         jax.config.update("jax_platforms", name)
     set_gpu_flags()
     try:
-        return jax.devices()[0]
+        return jax.local_devices()[0]
     except RuntimeError as error:
         raise UserError(f"--device={name}: not available here; leave the flag away or install jax for it") from error
 

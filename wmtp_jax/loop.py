@@ -19,6 +19,7 @@ from wmtp_jax import run_directory
 from wmtp_jax.cli import Stopped, StopSignals
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import Batches
+from wmtp_jax.distributed import ALONE, Processes
 from wmtp_jax.errors import NonFiniteLoss, UserError
 from wmtp_jax.meter import Meter
 from wmtp_jax.progress import Progress
@@ -77,6 +78,7 @@ class Training:
       checkpoints: where states are saved.
       description: JSON values that describe it, saved with every state; see `ORIGINS`.
       flops_per_token, peak_flops: for MFU; the latter None where unknown.
+      processes: that train it; the first one writes.
     """
 
     stage: str
@@ -94,6 +96,7 @@ class Training:
     description: dict[str, Any]
     flops_per_token: float
     peak_flops: float | None
+    processes: Processes = ALONE
 
 
 def run(
@@ -123,13 +126,15 @@ def run(
       Stopped: SIGINT or SIGTERM; the state was saved.
       UserError: the directory holds another training.
     """
-    checkpoints, batch_size = training.checkpoints, config.train.batch_size
+    checkpoints, batch_size, processes = training.checkpoints, config.train.batch_size, training.processes
     stopping = Stopping(config.eval.stop_metric, config.eval.patience)
     state = _restore(training, config, stopping)
     start = int(state.step)
-    write_json(directory / "config.json", run_directory.plain(config))
-    corpus.tokenizer.save(directory / "tokenizer")
-    log = MetricsFile(directory / "metrics.jsonl")
+    log = _NoFile()
+    if processes.first:
+        write_json(directory / "config.json", run_directory.plain(config))
+        corpus.tokenizer.save(directory / "tokenizer")
+        log = MetricsFile(directory / "metrics.jsonl")
     log.drop_after(start if start else -1)
     print(f"{training.stage}: {training.headline}, steps {start} to {training.steps}", flush=True)
     meter = Meter(
@@ -141,13 +146,17 @@ def run(
 
     def keep_tokens() -> None:
         if training.inspect is not None:
-            save_arrays(directory / "tokens" / f"{int(state.step)}.npz", training.inspect(state))
+            found = training.inspect(state)
+            if processes.first:
+                save_arrays(directory / "tokens" / f"{int(state.step)}.npz", found)
 
     def check_finite(step: int, result: Any, batch: Batch) -> None:
         if training.is_finite(result):
             return
         explained = directory / "nonfinite" / f"step_{step}.npz"
-        save_arrays(explained, {"step": step, **batch, **training.explain(state, result)})
+        found = {"step": step, **batch, **training.explain(state, result)}
+        if processes.first:
+            save_arrays(explained, found)
         if int(state.skipped) > config.train.nonfinite_limit:
             checkpoints.wait()
             measured = training.measure(result, step - 1)
@@ -169,6 +178,8 @@ def run(
         num_heads=training.num_heads,
         seed=config.train.seed,
         start_position=start * batch_size,
+        process_index=processes.share[0],
+        process_count=processes.share[1],
         prefetch=config.data.prefetch,
         use_grain=use_grain,
     )
@@ -183,12 +194,13 @@ def run(
             if waiting is not None:
                 check_finite(*waiting)
             waiting = (done, result, batch)
+            stop = processes.agree(signals.received)
             last = done == training.steps
             meter.count()
             log_due = last or done % config.train.log_every == 0
             eval_due = last or _due(done, config.eval.every)
             save_due = last or _due(done, config.checkpoint.every)
-            if not (log_due or eval_due or save_due or signals.received):
+            if not (log_due or eval_due or save_due or stop):
                 continue
             check_finite(*waiting)
             waiting = None
@@ -204,18 +216,26 @@ def run(
             if line:
                 log.write(done, training.stage, line)
                 progress.update(done, line)
-            if save_due or stopped_early or signals.received:
+            if save_due or stopped_early or stop:
                 with progress.paused(), meter.paused():
                     checkpoints.save(state, training.description | {"stopping": stopping.state()}, evaluated or None)
-            if signals.received:
+            if stop:
                 checkpoints.wait()
                 progress.note(f"stopped by a signal after step {done} and saved; --resume=auto goes on from here")
-                raise Stopped(signals.received)
+                raise Stopped(stop)
             if stopped_early:
                 progress.note(f"{config.eval.stop_metric} has not improved for {config.eval.patience} evaluations")
                 break
         checkpoints.wait()
         return state, checkpoints.best_step()
+
+
+class _NoFile:
+    """What processes other than the first have in place of metrics.jsonl."""
+
+    def drop_after(self, step: int) -> None: ...
+
+    def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None: ...
 
 
 def _restore(training: Training, config: ConfigDict, stopping: Stopping) -> Any:

@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from wmtp_jax import devices, sharding
+from wmtp_jax.distributed import ALONE, Processes, join
+from wmtp_jax.errors import UserError
 from wmtp_jax.mesh import check_rows, described, mesh_sizes
 from wmtp_jax.model import Parameters, flatten, nest
 
@@ -25,23 +27,31 @@ class Placement:
     """Where everything of a training lies.
 
     Attributes:
-      device: the first one; the others are of its kind.
+      device: the first one of this process; the others are of its kind.
       mesh: over which of its axes arrays are split; None: one device has everything.
+      processes: whose devices these are.
     """
 
     device: jax.Device
     mesh: Mesh | None = None
+    processes: Processes = ALONE
 
     def __str__(self) -> str:
         if self.mesh is None:
             return self.device.device_kind
-        return f"{self.mesh.size} x {self.device.device_kind} ({described(self.mesh.shape)})"
+        among = f", {self.processes.count} processes" if self.processes.count > 1 else ""
+        return f"{self.mesh.size} x {self.device.device_kind} ({described(self.mesh.shape)}{among})"
 
     @property
     def peak_flops(self) -> float | None:
-        """Operations a second of all devices together; simulated CPU devices share the cores of one."""
-        of_one = devices.peak_flops(self.device)
-        return of_one and of_one * (1 if self.mesh is None or self.device.platform == "cpu" else self.mesh.size)
+        """Operations a second of all devices together; simulated CPU devices of a host share its cores."""
+        of_one, count = devices.peak_flops(self.device), 1 if self.mesh is None else self.mesh.size
+        return of_one and of_one * (self.processes.count if self.device.platform == "cpu" else count)
+
+    @property
+    def own(self) -> Placement:
+        """What this process may use without the others: everything where it is the only one, else its first device."""
+        return self if self.processes.count == 1 else Placement(self.device)
 
     @property
     def whole(self) -> NamedSharding | None:
@@ -74,19 +84,30 @@ class Placement:
         return called
 
     def batch(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
-        """A batch of the host: rows and positions split. On one device the compiled function moves it."""
+        """The rows of a batch that this process reads (`processes.share`), to the batch of all: rows and positions split. On one
+        device the compiled function moves it."""
         if self.mesh is None:
             return batch
-        lies = sharding.batch_shardings(self.mesh, batch)
-        return {name: sharding.place(column, lies[name]) for name, column in batch.items()}
+        lies, count = sharding.batch_shardings(self.mesh, batch), self.processes.share[1]
+        return {
+            name: jax.make_array_from_process_local_data(lies[name], column, (len(column) * count, *column.shape[1:]))
+            for name, column in batch.items()
+        }
 
     def padded(self, batch: Mapping[str, np.ndarray]) -> tuple[Mapping[str, Any], int]:
-        """`batch` with rows of padding (zeros) up to a number that the mesh shares out, and how many are real."""
+        """A whole batch with rows of padding (zeros) up to a number that the mesh shares out, and how many are real."""
         rows = len(batch["tokens"])
         missing = -rows % sharding.batch_shards(self.mesh)
         if missing:
             batch = {name: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)) for name, x in batch.items()}
-        return self.batch(batch), rows
+        if self.mesh is None:
+            return batch, rows
+        lies = sharding.batch_shardings(self.mesh, batch)
+        return {name: sharding.place(column, lies[name]) for name, column in batch.items()}, rows
+
+    def replicate(self, array: np.ndarray) -> jax.Array:
+        """An array of the host, whole on every device."""
+        return jax.numpy.asarray(array) if self.mesh is None else sharding.place(array, self.whole)
 
     def parameters(self, named: Iterable[tuple[str, np.ndarray]]) -> Parameters:
         """Parameters of the host by dotted name, each moved before the next is asked for."""
@@ -105,21 +126,37 @@ class Placement:
         return sharding.place(array, NamedSharding(self.mesh, sharding.spec(axes)))
 
 
-def choose_placement(name: str | None, config: ConfigDict | None) -> Placement:
-    """The device or the devices that everything runs on.
+def choose_placement(name: str | None, config: ConfigDict) -> Placement:
+    """The device or the devices that everything runs on, those of all processes that the environment speaks of.
 
     Args:
       name: of the platform (cpu, cuda, tpu); None: the best there is.
-      config: says the mesh; None: one device.
+      config: says the mesh.
 
     Raises:
       UserError: there is no such device here, or the mesh does not fit the devices or the batches.
     """
+    processes = join()
     device = devices.choose_device(name)
-    if config is None:
-        return Placement(device)
     there = jax.devices()
-    sizes = mesh_sizes(config.mesh, len(there))
+    sizes = mesh_sizes(config.mesh, len(there), exactly=processes.count > 1)
     check_rows(sizes, config)
     count = int(np.prod(list(sizes.values())))
-    return Placement(device, sharding.make_mesh(sizes, there[:count]) if count > 1 else None)
+    mesh = sharding.make_mesh(sizes, there[:count]) if count > 1 else None
+    if processes.count > 1:
+        processes.share = _row_share(mesh, config.train.batch_size // config.train.accumulation)
+    return Placement(device, mesh, processes)
+
+
+def _row_share(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """Which of how many equal parts of a batch's rows the devices of this process hold."""
+    held = sharding.batch_shardings(mesh, {"tokens": np.empty((rows, 1))})["tokens"].addressable_devices_indices_map((rows, 1))
+    parts = {index[0].indices(rows)[:2] for index in held.values()}
+    start, stop = min(start for start, _ in parts), max(stop for _, stop in parts)
+    size = stop - start
+    if sum(stop - start for start, stop in parts) != size or rows % size or start % size:
+        raise UserError(
+            f"config.mesh.data, config.mesh.fsdp: the rows of process {jax.process_index()} ({sorted(parts)} of {rows}) are no "
+            "even part of a batch; let data x fsdp be a multiple or a divisor of the number of processes"
+        )
+    return start // size, rows // size

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 
 from wmtp_jax import storage
 from wmtp_jax.config import flatten
+from wmtp_jax.distributed import Processes
 from wmtp_jax.errors import UserError
 from wmtp_jax.manifest import MANIFEST
 from wmtp_jax.redact import redacted
@@ -65,6 +67,24 @@ def locked(directory: Path, *, flag: str = "--workdir") -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_shared(directory: Path, processes: Processes) -> None:
+    """Returns, in every process, when the first one has done with the directory.
+
+    Raises:
+      UserError: another process does not see what the first one wrote.
+    """
+    sign = directory / ".processes"
+    if processes.count > 1 and processes.first:
+        sign.write_text(f"{time.time_ns()}\n")
+    processes.barrier("directory")
+    told = processes.tell(sign.read_text() if processes.count > 1 and processes.first else "")
+    if processes.count > 1 and (not sign.is_file() or sign.read_text() != told):
+        raise UserError(
+            f"--workdir={directory}: process {processes.index} does not see what process 0 wrote there; name a directory on a "
+            "disk that all hosts share"
+        )
 
 
 def clear(directory: Path) -> bool:

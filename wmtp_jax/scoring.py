@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from wmtp_jax import rewards, run_directory, scores, summary
 from wmtp_jax.cli import StopSignals
 from wmtp_jax.config import uses_reference, validate
+from wmtp_jax.distributed import refuse_several
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.experiment import load_data
 from wmtp_jax.origins import model_key, with_published_trunk
@@ -43,6 +44,7 @@ def score_data(
         raise UserError(
             "config.reference.path: names the model that scores; or train one on this very data first with --self_reference"
         )
+    refuse_several("one scores, and runs of several take up what it stored")
     validate(config)
     config = with_published_trunk(config)
     where, corpus = backend.choose_device(device, config), load_data(config)

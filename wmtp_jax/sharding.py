@@ -268,3 +268,29 @@ def place(array: np.ndarray | Array, sharding: Sharding) -> Array:
     if isinstance(sharding, SingleDeviceSharding):
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.asarray(array[index]))
+
+
+GATHERED_BYTES = 1 << 28  # of an array that every device holds at once, while it goes to the host
+
+
+def gather(array: Array) -> np.ndarray:
+    """The whole of an array on the host of every process, whichever devices hold its parts; large ones by slices."""
+    lies = NamedSharding(array.sharding.mesh, PartitionSpec())
+    rows = max(1, GATHERED_BYTES * array.shape[0] // max(array.nbytes, 1)) if array.ndim else 1
+    if not array.ndim or rows >= array.shape[0]:
+        return np.asarray(_whole(lies)(array))
+    found = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[0], rows):
+        stop = min(start + rows, array.shape[0])
+        found[start:stop] = np.asarray(_slice(lies, stop - start)(array, np.int32(start)))
+    return found
+
+
+@functools.cache
+def _whole(lies: NamedSharding) -> Any:
+    return jax.jit(lambda array: array, out_shardings=lies)
+
+
+@functools.cache
+def _slice(lies: NamedSharding, size: int) -> Any:
+    return jax.jit(lambda array, start: jax.lax.dynamic_slice_in_dim(array, start, size), out_shardings=lies)

@@ -15,7 +15,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from wmtp_jax.config import ALGORITHMS, flatten, uses_reference, validate
 from wmtp_jax.data.bigram import bigram_metrics
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches, validation_rows
+from wmtp_jax.distributed import ALONE, Processes
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.evaluation.metrics import evaluate, value_metrics
 from wmtp_jax.evaluation.row_kinds import row_kinds
@@ -70,6 +71,9 @@ from wmtp_jax.storage import join, listing, patiently, put, remove
 from wmtp_jax.tracking import Tracker, read_metrics
 from wmtp_jax.trainable import fresh_adapters
 
+# What may differ between the processes of a run.
+OWN_KEYS = ("data.cache_dir",)
+
 Batch = dict[str, Any]
 Named = dict[str, np.ndarray]
 
@@ -89,6 +93,7 @@ class Stage:
       value_head: parameters that the value head starts from, by dotted name; None: random ones.
       origins: hashes of what it was made from, see `loop.ORIGINS`.
       mirror: what brings checkpoints to object storage; None: they stay here.
+      processes: that train it together.
     """
 
     name: str
@@ -101,6 +106,7 @@ class Stage:
     value_head: Named | None = None
     origins: dict[str, str] = dataclasses.field(default_factory=dict)
     mirror: Mirror | None = None
+    processes: Processes = ALONE
 
     @property
     def model(self) -> ModelSettings:
@@ -209,14 +215,19 @@ class Stage:
             is_finite=lambda result: bool(result.finite),
             inspect=inspect and (lambda state: {**inspect(state), "kinds": self.token_kinds}),
             flops_per_token=flops,
+            processes=self.processes,
             **functions,
         )
 
     @functools.cached_property
     def evaluation_batches(self) -> list[Batch]:
-        """The held-out batches of every evaluation, a micro-batch each: what fits in a step fits there."""
+        """The held-out batches of every evaluation, a micro-batch each: what fits in a step fits there. Of each the rows that
+        this process reads."""
+        return self._evaluation_batches(self.processes.share)
+
+    def _evaluation_batches(self, share: tuple[int, int]) -> list[Batch]:
         parts = self.config.train.accumulation
-        return self._held_out(self.config.train.batch_size // parts, self.config.eval.batches * parts)
+        return self._held_out(self.config.train.batch_size // parts, self.config.eval.batches * parts, share)
 
     def evaluate(
         self, sums: Callable[[Batch], tuple] | None, value_sums: Callable[[Batch], tuple] | None
@@ -261,9 +272,14 @@ class Stage:
         continued = sample(prompts, min(c.completion_tokens, length - size))[:, size:]
         return [{"prompt": decode(p), "completion": decode(c)} for p, c in zip(prompts, continued, strict=True)]
 
-    def _held_out(self, batch_size: int, num_batches: int) -> list[Batch]:
-        heads = self.config.model.heads.count
-        return list(validation_batches(self.corpus, batch_size=batch_size, num_heads=heads, num_batches=num_batches))
+    def _held_out(self, batch_size: int, num_batches: int, share: tuple[int, int] = (0, 1)) -> list[Batch]:
+        options = {"num_heads": self.config.model.heads.count, "process_index": share[0], "process_count": share[1]}
+        return list(validation_batches(self.corpus, batch_size=batch_size, num_batches=num_batches, **options))
+
+    @property
+    def whole_evaluation_batches(self) -> list[Batch]:
+        """The same with all their rows."""
+        return self.evaluation_batches if self.processes.share == (0, 1) else self._evaluation_batches((0, 1))
 
 
 class Backend(Protocol):
@@ -280,6 +296,10 @@ class Backend(Protocol):
         """The device, or the devices as `config.mesh` has them, that everything runs on; UserError where there are no such."""
 
     @staticmethod
+    def processes(device: Any) -> Processes:
+        """Those that train together on these devices."""
+
+    @staticmethod
     def check_stage(stage: Stage, device: Any) -> None:
         """UserError where a model of this experiment can't be split as `config.mesh` says."""
 
@@ -288,8 +308,9 @@ class Backend(Protocol):
         """`--dry_run`, of the last stage; its reference is not opened."""
 
     @staticmethod
-    def load_reference(path: str | Path, device: Any) -> tuple[Any, dict[str, Any]]:
-        """A trained or published model as a reference, and the metadata of its checkpoint (published: `model` alone)."""
+    def load_reference(path: str | Path, device: Any, *, in_step: bool) -> tuple[Any, dict[str, Any]]:
+        """A trained or published model as a reference, and the metadata of its checkpoint (published: `model` alone).
+        `in_step`: it is read in every update, by all processes at once; else by `next_token_loss` alone, by each as it likes."""
 
     @staticmethod
     def next_token_loss(reference: Any, device: Any, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
@@ -365,6 +386,9 @@ def run_experiment(
     validate(config)
     config = with_published_trunk(config)
     where = backend.choose_device(device, config)
+    processes = backend.processes(where)
+    processes.check_same({f"config.{key}": value for key, value in flatten(config) if key not in OWN_KEYS})
+    processes.check_same({"--resume": resume, "--dry_run": dry_run})
     if verbose:
         logging.basicConfig(level=logging.INFO)
         print(summary.facts("configuration", redacted(list(flatten(config)))))
@@ -374,7 +398,8 @@ def run_experiment(
     corpus = load_data(config)
     if base is not None:
         check_vocabulary(base, corpus.tokenizer, key=f"config.pretrained.path = {config.pretrained.path!r}")
-    last = Stage("train", config, workdir, corpus, base=base)
+    processes.check_same({"the corpus's hash": corpus.hash})
+    last = Stage("train", config, workdir, corpus, base=base, processes=processes)
     settings = last.model  # heads that the weights can't have end the run here
     backend.check_stage(last, where)
     print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
@@ -396,6 +421,7 @@ def run_experiment(
         _load_value_head(settings, corpus, config.critic.head, trunk_key)
     if dry_run:
         backend.print_plan(last, where)
+        processes.barrier("plan")
         return
     origin = None if resume in ("auto", "never") else find_checkpoint(resume)
     if origin is not None:
@@ -403,14 +429,17 @@ def run_experiment(
             raise UserError(f"--resume={resume}: {origin} is damaged: {told}; give another checkpoint")
         check_backend(origin, backend.NAME)
 
-    with run_directory.locked(workdir), disk_errors(workdir, setting="--workdir"):
-        if resume == "never" and run_directory.clear(workdir):
-            print(f"--resume=never: replacing the run in {workdir}")
-        address = config.checkpoint.remote
-        if address:
-            _join_mirror(workdir, address, resume)
-        if origin is not None:
-            run_directory.adopt(origin, workdir)
+    held = run_directory.locked(workdir) if processes.first else nullcontext()
+    with held, disk_errors(workdir, setting="--workdir"):
+        address = config.checkpoint.remote if processes.first else ""
+        if processes.first:
+            if resume == "never" and run_directory.clear(workdir):
+                print(f"--resume=never: replacing the run in {workdir}")
+            if address:
+                _join_mirror(workdir, address, resume)
+            if origin is not None:
+                run_directory.adopt(origin, workdir)
+        run_directory.check_shared(workdir, processes)
         with StopSignals() as signals, mirrored(
             workdir,
             address,
@@ -418,7 +447,8 @@ def run_experiment(
             is_asked_to_stop=lambda: signals.received is not None,
         ) as mirror:
             last = dataclasses.replace(last, mirror=mirror)
-            tracker = _tracker(config, workdir, run_name, tags) if config.tracking.enabled else None
+            tracks = config.tracking.enabled and processes.first
+            tracker = _tracker(config, workdir, run_name, tags) if tracks else None
             with _status(tracker):
                 experiment = Experiment(last, backend, where, tracker, signals)
                 if reference is None and not last.has_losses and uses_reference(config):
@@ -503,6 +533,7 @@ class Experiment:
     def run_last(self, stage: Stage) -> None:
         """The stage that the experiment is for, in its own directory and MLflow run."""
         self.backend.train_model(stage, self.device, self.signals)
+        stage.processes.barrier("trained")
         _hand_over(stage, self.tracker)
         if self.tracker is not None and self.config.tracking.model:
             _register(stage, self.tracker)
@@ -514,7 +545,10 @@ class Experiment:
             plain = {key: str(value) for key, value in flatten(stage.config)}
             child = self.tracker.child(stage.name, {"stage": stage.name}, plain)
         with _status(child):
-            train(dataclasses.replace(stage, mirror=self.last.mirror), self.device, self.signals)
+            own = dataclasses.replace(stage, mirror=self.last.mirror, processes=self.last.processes)
+            train(own, self.device, self.signals)
+            # What the next stage reads is there when the first process has written it.
+            own.processes.barrier("trained")
             _hand_over(stage, child)
 
     def reward_source(self, reference: Any) -> rewards.RewardSource:
@@ -558,9 +592,10 @@ def load_reference(
     config: ConfigDict, backend: Backend, corpus: Corpus, device: Any, path: str | Path | None = None
 ) -> Any:
     path = path or config.reference.path
-    reference, metadata = backend.load_reference(path, device)
+    critic = config.weighting.algorithm == "critic-wmtp"
+    reference, metadata = backend.load_reference(path, device, in_step=not critic)
     # A reference that scores whole texts for rewards is read at its next token, whatever its alignment is for weights.
-    alignment = "next_token" if config.weighting.algorithm == "critic-wmtp" else config.reference.alignment
+    alignment = "next_token" if critic else config.reference.alignment
     compatible.check_reference(path, metadata, corpus, alignment=alignment, num_heads=config.model.heads.count)
     return reference
 
@@ -647,13 +682,15 @@ def finish_model(
       best: the step of the best checkpoint.
       samples: `prompt` and `completion` each.
     """
+    if not stage.processes.first:
+        return
     config, directory = stage.config, stage.directory
     evaluations = [line for line in read_metrics(directory / "metrics.jsonl") if "eval/bits_per_byte" in line]
     before, after = evaluations[0], evaluations[-1]
     pairs = None
     if config.eval.bigram:
         seen = step * config.train.batch_size
-        pairs = bigram_metrics(stage.corpus, rows=seen, seed=config.train.seed, batches=stage.evaluation_batches)
+        pairs = bigram_metrics(stage.corpus, rows=seen, seed=config.train.seed, batches=stage.whole_evaluation_batches)
     facts = {
         "algorithm": config.weighting.algorithm,
         "steps": step,
@@ -684,6 +721,8 @@ def finish_values(stage: Stage, *, step: int, skipped: int, best: int) -> None:
       skipped: of these, left out as non-finite.
       best: the step whose value loss is the lowest.
     """
+    if not stage.processes.first:
+        return
     lines = [line for line in read_metrics(stage.directory / "metrics.jsonl") if "eval/explained_variance" in line]
     by_step = {line["step"]: line for line in lines}
     facts = {

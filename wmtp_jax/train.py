@@ -26,6 +26,7 @@ from wmtp_jax.cli import StopSignals
 from wmtp_jax.config import uses_reference
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.devices import keep_compiled_programs
+from wmtp_jax.distributed import Processes, together
 from wmtp_jax.dry_run import print_plan
 from wmtp_jax.evaluation.likelihood import batch_sums
 from wmtp_jax.experiment import (
@@ -63,8 +64,8 @@ from wmtp_jax.trainable import ALL, Trainable
 
 # `stages.Backend`, which this module is, and the command's entry.
 __all__ = [
-    "NAME", "check_stage", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "train",
-    "train_model", "train_values",
+    "NAME", "check_stage", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "processes",
+    "train", "train_model", "train_values",
 ]  # fmt: skip
 
 NAME = "jax"
@@ -73,11 +74,16 @@ NAME = "jax"
 def train(config: ConfigDict, **options: Any) -> None:
     """Trains what the configuration describes; `stages.run_experiment` says with what options and errors."""
     keep_compiled_programs()
-    run_experiment(config, sys.modules[__name__], **options)
+    with together():
+        run_experiment(config, sys.modules[__name__], **options)
 
 
 def choose_device(name: str | None, config: ConfigDict) -> Placement:
     return choose_placement(name, config)
+
+
+def processes(device: Placement) -> Processes:
+    return device.processes
 
 
 def check_stage(stage: Stage, device: Placement) -> None:
@@ -91,7 +97,8 @@ def check_stage(stage: Stage, device: Placement) -> None:
         check_model(device.mesh.shape, own, prefix="config.reference.model.")
 
 
-def load_reference(path: str | Path, device: Placement) -> tuple[Reference, dict[str, Any]]:
+def load_reference(path: str | Path, device: Placement, *, in_step: bool) -> tuple[Reference, dict[str, Any]]:
+    device = device if in_step else device.own
     if is_published(path):
         model = load_pretrained(path)
         metadata = {"model": dataclasses.asdict(model.settings)}
@@ -106,11 +113,13 @@ def load_reference(path: str | Path, device: Placement) -> tuple[Reference, dict
 def next_token_loss(
     reference: Reference, device: Placement, tokens: np.ndarray, segment_ids: np.ndarray
 ) -> np.ndarray:
+    device = device.own
     batch, rows = device.padded(make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1))
     return np.asarray(_token_loss_on(device, reference.definition)(reference.parameters, batch))[:rows]
 
 
 def load_reward_model(published: Published, device: Placement) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    device = device.own
     if device.mesh is not None:
         check_model(device.mesh.shape, published.settings, prefix=f"config.reward.model = {published.path}, its ")
     definition, parameters = split(place(published))
@@ -171,7 +180,7 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
     )
 
     # ---- evaluation --------------------------------------------------------------------------------------------------
-    token_bytes, token_batch = jnp.asarray(stage.corpus.tokenizer.token_bytes), stage.token_batch
+    token_bytes, token_batch = device.replicate(stage.corpus.tokenizer.token_bytes), stage.token_batch
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
         values = (lambda batch: of_values(state.parameters, device.batch(batch))) if critic is not None else None
@@ -188,10 +197,10 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
         device=str(device),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)),
         rate=make_schedule(optimizer_settings(config), steps),
-        checkpoints=Checkpoints,
+        checkpoints=functools.partial(Checkpoints, processes=stage.processes),
         state=state,
         update=lambda state, batch: update(state, device.batch(batch), reference.parameters),
-        explain=_explain,
+        explain=functools.partial(_explain, device),
         evaluate=evaluate_state,
         inspect=inspect_state if token_batch is not None else None,
         peak_flops=device.peak_flops,
@@ -205,7 +214,8 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
         generation = generate((definition, state.parameters), list(prompts), **options)
         return np.concatenate([prompts, np.stack(generation.tokens)], axis=1)
 
-    samples = stage.complete(continued)
+    # Several processes would have to decode in step: `wmtp_jax.evaluate` does it from the checkpoint.
+    samples = stage.complete(continued) if stage.processes.count == 1 else []
     finish_model(stage, step=int(state.step), skipped=int(state.skipped), best=best, samples=samples)
 
 
@@ -241,10 +251,10 @@ def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
         device=str(device),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(parameters)),
         rate=make_schedule(optimizer_settings(config), steps),
-        checkpoints=Checkpoints,
+        checkpoints=functools.partial(Checkpoints, processes=stage.processes),
         state=state,
         update=lambda state, batch: update(state, device.batch(batch), trunk),
-        explain=_explain,
+        explain=functools.partial(_explain, device),
         evaluate=evaluate_state,
         inspect=None,
         peak_flops=device.peak_flops,
@@ -286,10 +296,12 @@ def _value_sums(parameters: Parameters, batch: Batch, *, definition: nnx.GraphDe
     return value_sums(values, batch["rewards"], batch["rewarded"], batch["segment_ids"], discount=discount)
 
 
-def _explain(state: TrainState, metrics: Any) -> dict[str, Any]:
-    norms = {
-        "norm/" + jax.tree_util.keystr(path, simple=True, separator="."): np.linalg.norm(np.asarray(leaf, np.float64))
-        for path, leaf in jax.tree_util.tree_flatten_with_path(state.parameters)[0]
-    }
+def _explain(device: Placement, state: TrainState, metrics: Any) -> dict[str, Any]:
+    named = flatten(state.parameters)
+    if device.mesh is None:
+        norms = {f"norm/{name}": np.linalg.norm(np.asarray(leaf, np.float64)) for name, leaf in named.items()}
+    else:
+        of_all = device.jit(lambda named: {name: jnp.linalg.norm(leaf.ravel()) for name, leaf in named.items()}, out=device.whole)
+        norms = {f"norm/{name}": np.asarray(norm) for name, norm in of_all(named).items()}
     return {f"metrics/{name}": value for name, value in metrics._asdict().items()} | norms
 

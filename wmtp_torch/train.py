@@ -22,6 +22,7 @@ from wmtp_jax import loop, summary
 from wmtp_jax.cli import StopSignals
 from wmtp_jax.config import check_one_device
 from wmtp_jax.data.pipeline import make_batch
+from wmtp_jax.distributed import one_process as processes  # noqa: F401  of `stages.Backend`
 from wmtp_jax.errors import UserError
 from wmtp_jax.experiment import critic_settings, optimizer_settings, total_steps, trainable, weighting_settings
 from wmtp_jax.flops import measured_peak, peak_of
@@ -73,7 +74,7 @@ def print_plan(stage: Stage, device: torch.device) -> None:
     print(summary.facts("plan (--dry_run: nothing is trained)", [*rows, ("device", str(device))]))
 
 
-def load_reference(path: str | Path, device: torch.device) -> tuple[Model, dict[str, Any]]:
+def load_reference(path: str | Path, device: torch.device, *, in_step: bool) -> tuple[Model, dict[str, Any]]:
     if is_published(path):
         model = _published(open_pretrained(path), device)
         return model, {"model": dataclasses.asdict(model.settings)}

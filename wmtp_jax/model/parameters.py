@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, traverse_util
 
 from wmtp_jax.model.transformer import Model
@@ -40,9 +41,11 @@ def initial_parameters(
     """
     definition, abstract = abstract_parameters(settings, value_head=value_head)
     make = jax.jit(
-        lambda key: split(Model(settings, rngs=nnx.Rngs(key), value_head=value_head))[1], out_shardings=shardings(abstract)
+        lambda seed: split(Model(settings, rngs=nnx.Rngs(jax.random.key(seed)), value_head=value_head))[1],
+        out_shardings=shardings(abstract),
     )
-    return definition, make(jax.random.key(seed))
+    # A number of the host: it is the same in every process, where an array would lie on a device of one.
+    return definition, make(np.uint32(seed))
 
 
 def abstract_parameters(settings: ModelSettings, *, value_head: bool = False) -> tuple[nnx.GraphDef, Parameters]:
