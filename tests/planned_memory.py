@@ -35,7 +35,7 @@ def main() -> None:
 
     sizes = mesh_sizes(config.mesh, devices)
     settings = model_settings(config.model, config.data.vocabulary_size, config.data.sequence_length)
-    _, planned, _ = compile_plan(config, settings, sizes)
+    _, planned, _, _ = compile_plan(config, settings, sizes)
 
     import jax
     import numpy as np

@@ -160,6 +160,17 @@ def test_wrong_flags_are_one_line_and_exit_code_2(arguments, message):
     assert done.stdout == ""
 
 
+def test_a_reference_that_is_not_here_is_planned_as_scored_beforehand():
+    done = plan(
+        "--config=configs/rho1_weighted.py:local", "--devices=3", "--config.reference.path=runs/none", "--config.model.width=192",
+        "--config.model.layers=1", "--config.model.attention_heads=3", "--config.data.vocabulary_size=384", "--mesh=fsdp=-1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "reference" in done.stdout and "as if its losses were stored" in done.stdout
+    # 8 rows on 3 devices: 9.
+    assert "config.train.batch_size=9 instead of 8" in done.stdout and "3 x h100 (fsdp 3)" in done.stdout
+
+
 def test_a_plan_that_does_not_fit_says_what_would():
     big = ["--config.model.width=2048", "--config.model.layers=48", "--config.data.vocabulary_size=32000"]
     done = plan("--config=configs/baseline_mtp.py:local", "--devices=2", "--device_kind=a10g", "--mesh=data=2", *big)

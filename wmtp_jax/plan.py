@@ -110,7 +110,7 @@ def report(config: ConfigDict, sizes: Sizes, kind: str, changes: list[str]) -> s
     config = with_published_trunk(config)
     settings = model_of(config)
     check_model(sizes, settings, prefix="config.model.")
-    work, memory, seconds = compile_plan(config, settings, sizes)
+    work, memory, seconds, missing = compile_plan(config, settings, sizes)
     device = _device(kind, work.devices)
     parameters = sum(size for size, _ in work.named.values())
     flops = costs.flops_per_token(settings, work.length, trained=work.trained)
@@ -120,12 +120,13 @@ def report(config: ConfigDict, sizes: Sizes, kind: str, changes: list[str]) -> s
     tokens = work.rows * work.length
     step = costs.step_time(work, device)
     size = summary.human_bytes
+    parts = f" in {work.accumulation} micro-batches" if work.accumulation > 1 else ""
     rows = [
         ("devices", f"{work.devices} x {kind} ({described(sizes)})"),
         ("parameters", f"{parameters:,}"),
-        ("batch", f"{work.rows:,} rows of {work.length:,} tokens in {work.accumulation} micro-batches; {work.local_tokens:,.0f} "
-                  "tokens a device and micro-batch"),
+        ("batch", f"{work.rows:,} rows of {work.length:,} tokens{parts}; {work.local_tokens:,.0f} tokens a device at a time"),
         *[("changed", f"{text}, so that every device has rows in every micro-batch") for text in changes],
+        *([("reference", f"{missing}. Planned as if its losses were stored (python -m wmtp_jax.score)")] if missing else []),
         ("operations", f"{flops / 1e9:,.3f} Gflop a token, and {again / 1e9:,.3f} a second time ({settings.remat} remat)"),
         ("compiled in", f"{seconds:.0f} s"),
     ]  # fmt: skip
@@ -138,12 +139,12 @@ def report(config: ConfigDict, sizes: Sizes, kind: str, changes: list[str]) -> s
     for c in crossing:
         over = " x ".join(f"{axis} {sizes[axis]}" for axis in c.axes)
         lines.append(f"  {c.operation:<15}{over:<22}{c.what:<32}{size(c.bytes):>12}")
-    parts = [
+    seconds_by_part = [
         ("products", step.products), ("parameters, gradients", step.overlapped), ("activations", step.exposed),
         ("optimizer", step.optimizer),
     ]  # fmt: skip
     lines += ["", "estimate of an update, seconds"]
-    lines += [f"  {name:<26}{value:>12.3f}" for name, value in parts]
+    lines += [f"  {name:<26}{value:>12.3f}" for name, value in seconds_by_part]
     lines.append(f"  {'in all':<26}{step.total:>12.3f}  {tokens / step.total:,.0f} tokens/s, MFU {step.mfu:.1%}")
     lines += ["", "assumptions", *(f"  {text}" for text in _assumptions(settings, device, kind))]
     if fits:
@@ -157,8 +158,9 @@ def report(config: ConfigDict, sizes: Sizes, kind: str, changes: list[str]) -> s
 
 def compile_plan(
     config: ConfigDict, settings: ModelSettings, sizes: Sizes
-) -> tuple[costs.Work, dict[str, int], float]:
-    """What the update does, bytes a device by part, and the seconds that lowering and compiling took."""
+) -> tuple[costs.Work, dict[str, int], float, str]:
+    """What the update does, bytes a device by part, the seconds that lowering and compiling took, and why the reference's model
+    could not be looked at, "" where it could or there is none. Its losses then count as stored beforehand."""
     import jax
 
     count = 1
@@ -175,9 +177,12 @@ def compile_plan(
     weighting = weighting_settings(config)
     # A directory of stored losses is named, or else the step may have to compute them.
     stored = weighting.needs_reference and config.reference.losses not in ("auto", "step")
-    reference = None
+    reference, missing = None, ""
     if weighting.needs_reference and not stored:
-        reference = abstract_reference(config, settings.vocabulary_size)
+        try:
+            reference = abstract_reference(config, settings.vocabulary_size)
+        except UserError as error:
+            stored, missing = True, str(error)
     mesh = sharding.make_mesh(sizes) if count > 1 else None
     start = time.perf_counter()
     update = lower_update(
@@ -213,7 +218,7 @@ def compile_plan(
         named=named,
         trained_share=trained / sum(size for size, _ in named.values()),
     )
-    return work, memory, seconds
+    return work, memory, seconds, missing
 
 
 def _device(kind: str, count: int) -> costs.Device:
