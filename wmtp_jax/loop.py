@@ -216,6 +216,8 @@ def run(
             if line:
                 log.write(done, training.stage, line)
                 progress.update(done, line)
+            # A single process also heeds what came since; several have agreed.
+            stop = signals.received if processes.count == 1 else stop
             if save_due or stopped_early or stop:
                 with progress.paused(), meter.paused():
                     checkpoints.save(state, training.description | {"stopping": stopping.state()}, evaluated or None)
