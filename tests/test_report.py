@@ -15,9 +15,11 @@ from mlflow.tracking import MlflowClient
 from tests.browser import find_browser, open_browser
 from wmtp_jax import storage
 from wmtp_jax.config import defaults
+from wmtp_jax.data import packing
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.data.tokenizer import train_bpe
 from wmtp_jax.errors import UserError
+from wmtp_jax.evaluation import row_kinds
 from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
 from wmtp_jax.report import figures
 from wmtp_jax.report.content import page_content, spread
@@ -416,6 +418,31 @@ def test_seeds_make_groups_and_other_settings_are_named(tokenizer, runs, tmp_pat
     np.testing.assert_allclose([seeds["mean"], seeds["low"], seeds["high"]], [[3.05, 2.55, 2.05], [3, 2.5, 2], [3.1, 2.6, 2.1]])
     [acceptance] = [chart for chart in content["depth"] if chart["id"] == "acceptance"]
     assert acceptance["series"][0]["x"] == [1, 2] and acceptance["series"][0]["mean"] == [0.6, 0.25]
+
+
+@pytest.mark.parametrize("length", [16, 50])
+def test_rows_know_the_kinds_of_documents_that_they_cut(tokenizer, monkeypatch, length):
+    """Against whole documents; and no document is looked at that isn't in the row."""
+    tokens, kinds, documents = [], [], []
+    for number in range(9):
+        text = SOURCE[: 60 * number] if number % 3 else f"x{number} = 'a'  # b\n"
+        ids = tokenizer.encode(text).tolist() if text else []
+        found = token_kinds([tokenizer.pieces[i] for i in ids], byte_kinds(text)).tolist()
+        documents += [number] * (len(ids) + 1)
+        tokens, kinds = [*tokens, *ids, tokenizer.end_of_text_id], [*kinds, *found, KINDS.index("other")]
+    padding = -len(tokens) % length
+    shape = (-1, length)
+    expected = np.array([*kinds, *[KINDS.index("other")] * padding]).reshape(shape)
+    columns = {
+        "tokens": np.array([*tokens, *[0] * padding]).reshape(shape),
+        "segment_ids": np.array([*[1] * len(tokens), *[0] * padding]).reshape(shape),
+    }
+    looked_at, look = [], row_kinds._document_kinds
+    monkeypatch.setattr(row_kinds, "_document_kinds", lambda *args: looked_at.append(1) or look(*args))
+    for number, row in enumerate(expected):
+        looked_at.clear()
+        np.testing.assert_array_equal(row_kinds.row_kinds(packing.Rows(columns), number, tokenizer), row)
+        assert len(looked_at) == len(set(documents[number * length : (number + 1) * length]))
 
 
 def test_spread_keeps_the_ends():

@@ -22,25 +22,32 @@ def row_kinds(rows: Rows, number: int, tokenizer: Tokenizer) -> np.ndarray:
       number: which row.
       tokenizer: that made their tokens.
     """
-    end = tokenizer.end_of_text_id
+    end, length = tokenizer.end_of_text_id, rows.columns["tokens"].shape[1]
 
     def goes_on(row: int) -> bool:
         return rows.columns["segment_ids"][row, -1] != 0 and rows.columns["tokens"][row, -1] != end
 
+    def divided(row: int) -> bool:
+        return bool((rows.columns["tokens"][row] == end).any())
+
+    # As far as the documents reach that this row begins and ends in.
     first, last = number, number
-    while first and goes_on(first - 1):
+    while first and goes_on(first - 1) and (first == number or not divided(first)):
         first -= 1
-    while last < len(rows) - 1 and goes_on(last):
+    while last < len(rows) - 1 and goes_on(last) and (last == number or not divided(last)):
         last += 1
     stretch = rows[first : last + 1]
-    length, real = stretch["tokens"].shape[1], stretch["segment_ids"].ravel() > 0
-    tokens, kinds = stretch["tokens"].ravel()[real], np.full(real.shape, _OTHER, np.uint8)
-    kinds[real] = np.concatenate([_document_kinds(tokens[part], tokenizer) for part in _documents(tokens, end)] or [[]])
-    return kinds[(number - first) * length :][:length]
+    real = np.flatnonzero(stretch["segment_ids"].ravel() > 0)
+    tokens, kinds = stretch["tokens"].ravel()[real], np.full(len(stretch["tokens"]) * length, _OTHER, np.uint8)
+    start, stop = (number - first) * length, (number - first + 1) * length
+    for part in _documents(tokens, end):
+        if real[part.start] < stop and real[part.stop - 1] >= start:
+            kinds[real[part]] = _document_kinds(tokens[part], tokenizer)
+    return kinds[start:stop]
 
 
 def _documents(tokens: np.ndarray, end: int) -> Iterator[slice]:
-    ends = [0, *(np.flatnonzero(tokens == end) + 1), len(tokens)]
+    ends = [0, *(np.flatnonzero(tokens == end) + 1).tolist(), len(tokens)]
     return (slice(a, b) for a, b in itertools.pairwise(ends) if b > a)
 
 

@@ -61,16 +61,18 @@ def token_kinds(pieces: Sequence[bytes], kinds: np.ndarray) -> np.ndarray:
       pieces: the bytes of each token; one more space than the text has may come first (SentencePiece).
       kinds: of the bytes of the text.
     """
-    total = sum(map(len, pieces))
-    place = min(len(kinds) - total, 0)
-    blank = (_NUMBER["space"], _NUMBER["indentation"])
+    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    ends, total = np.cumsum(sizes), int(sizes.sum())
     out = np.full(len(pieces), _NUMBER["other"], np.uint8)
-    for number, piece in enumerate(pieces):
-        part = kinds[max(place, 0) : max(place + len(piece), 0)]
-        place += len(piece)
-        if len(part):
-            solid = part[~np.isin(part, blank)]
-            out[number] = solid[0] if len(solid) else part[-1]
+    if not total:
+        return out
+    absent = np.full(max(total - len(kinds), 0), _NUMBER["other"], np.uint8)
+    of_bytes = np.concatenate([absent, kinds])[:total]
+    solid = ~np.isin(of_bytes, (_NUMBER["space"], _NUMBER["indentation"]))
+    solid[: len(absent)] = False
+    spelled = sizes > 0
+    first = np.minimum.reduceat(np.where(solid, np.arange(total), total), (ends - sizes)[spelled])
+    out[spelled] = of_bytes[np.where(first < total, first, ends[spelled] - 1)]
     return out
 
 
