@@ -160,7 +160,7 @@
       $("document").append(el("option", { value: number, text: `${number + 1} · ${first.trim().replace(/\s+/g, " ").slice(0, 40)} · ${plural(size, "token")}` }));
     }
     const all = mapped(), firsts = groups.map((group) => group.runs.find((run) => all.includes(run))).filter((run) => run !== undefined);
-    state.runs = firsts.slice(0, WIDEST);
+    state.runs = firsts.slice(0, innerWidth < 700 ? 2 : WIDEST);
     for (const run of all) {
       const box = el("input", { type: "checkbox", value: run });
       box.checked = state.runs.includes(run);
@@ -313,7 +313,7 @@
     const body = el("tbody");
     for (const one of shown) {
       const row = el("tr", {}, el("th", { scope: "row" }, mark(groupOf[one.run]), runs[one.run].name));
-      for (const [name, label, text] of numbers(one)) row.append(el("td", { text, "data-name": name, "data-label": label }));
+      for (const [name, label, text] of numbers(one)) row.append(el("td", { text, class: text === "–" ? "nothing" : "", "data-name": name, "data-label": label }));
       const bars = el("span", { class: "heads", "aria-hidden": "true" }), high = map.domains.weight ? map.domains.weight[1] : 1;
       for (let k = 0; k < runs[one.run].heads; k++) {
         const weight = quantity(one, "weight", token, k);
