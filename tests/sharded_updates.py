@@ -71,6 +71,9 @@ def compare_gradients(kind: str, algorithm: str, updates: list) -> list[dict]:
         max_positions=LENGTH, num_heads=HEADS, head_kind=kind, tie_embeddings=algorithm == "baseline-mtp",
     )  # fmt: skip
     definition, parameters = initial_parameters(settings, 0, value_head=critic is not None)
+    if critic:  # a fresh head says 0 everywhere, and its inner layer gets no gradient
+        outer = parameters["value_head"]["outer"]
+        outer["kernel"] = np.random.default_rng(1).normal(0, 0.3, outer["kernel"].shape).astype(np.float32)
     columns = make_batch()
 
     def gradients(sizes, accumulation):
