@@ -123,7 +123,7 @@ def measure_training(megabytes: float, uploads: int, run: Path) -> None:
     try:
         deliver(mirror, write_checkpoint(checkpoints, 1, 1), queue)
         checkpoint = write_checkpoint(checkpoints, 2, megabytes)
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 50:
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
             assert trainer.poll() is None
             time.sleep(0.5)
         for _ in range(uploads):
