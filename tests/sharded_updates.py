@@ -133,11 +133,11 @@ def compare_states() -> dict:
     }
 
 
-def collectives_of_the_loss() -> list[tuple[str, str, str]]:
+def collectives_of_the_loss(dtype: str) -> list[tuple[str, str, str]]:
     """(computation, operation, shapes of its result) of all that crosses between devices in the loss and its gradient, on 4 x 2
     devices (data x tensor), with chunks of 8 tokens."""
     context, _, _ = on_mesh((4, 1, 2, 1))
-    hidden, unembedding = np.zeros((ROWS, LENGTH, WIDTH), np.float32), np.zeros((1, WIDTH, VOCABULARY), np.float32)
+    hidden, unembedding = (jax.ShapeDtypeStruct(x, dtype) for x in ((ROWS, LENGTH, WIDTH), (1, WIDTH, VOCABULARY)))
     targets = np.zeros((ROWS, LENGTH, 1), np.int32)
     with context as mesh:
         mesh = mesh or jax.sharding.get_mesh()
@@ -160,5 +160,5 @@ if __name__ == "__main__":
     print(json.dumps({
         "gradients": [found for case in CASES for found in compare_gradients(*case)],
         "states": compare_states(),
-        "loss": collectives_of_the_loss(),
+        "loss": {dtype: collectives_of_the_loss(dtype) for dtype in ("float32", "bfloat16")},
     }))  # fmt: skip

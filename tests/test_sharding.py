@@ -50,9 +50,10 @@ def test_whole_updates_agree_and_everything_large_is_split(updates):
     assert states["moments"] and set(states["moments"]) == {0.25}
 
 
-def test_the_loss_gathers_nothing_and_reduces_the_unembeddings_gradient_once(updates):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_gathers_nothing_and_reduces_the_unembeddings_gradient_once(dtype, updates):
     # Of one device, 4 x 2: 2 rows of 16 tokens, width 32, half of 96 entries.
-    crossings = updates["loss"]
+    crossings = updates["loss"][dtype]
     assert {operation for _, operation, _ in crossings} == {"all-reduce"}
     shapes = [(computation, shape) for computation, _, text in crossings for shape in re.findall(r"\[([\d,]*)\]", text)]
     assert [computation for computation, shape in shapes if shape.endswith("32,48")] == ["ENTRY"]
