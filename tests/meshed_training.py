@@ -25,7 +25,7 @@ def run(config, workdir: Path, *, mesh: dict[str, int], **changes) -> list[dict]
 
 
 def deviations(lines: list[dict], others: list[dict]) -> dict[str, float]:
-    """The largest relative difference of each metric."""
+    """The largest relative difference of each metric; of an explained share, which is 1 less a quotient, the difference."""
     assert [(line["step"], line["stage"], sorted(line)) for line in lines] == [
         (line["step"], line["stage"], sorted(line)) for line in others
     ]
@@ -33,7 +33,8 @@ def deviations(lines: list[dict], others: list[dict]) -> dict[str, float]:
     for line, other in zip(lines, others, strict=True):
         for name, value in line.items():
             if isinstance(value, float):
-                found[name] = max(found.get(name, 0.0), abs(other[name] - value) / max(abs(value), 1e-6))
+                scale = 1.0 if "explained" in name else max(abs(value), 1e-6)
+                found[name] = max(found.get(name, 0.0), abs(other[name] - value) / scale)
     return found
 
 
