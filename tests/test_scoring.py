@@ -223,7 +223,7 @@ def test_rewards_equal_transformers(name, backend, classifier):
     ids = np.repeat([[1, 2, 3, 0], [1, 1, 1, 2], [1, 1, 1, 1]], 8, axis=1).astype(np.int32)
     tokens[0, 14:16] = tokens[0, 3] = tokens[0, 16:24] = tokens[1, 23] = 0
     published = open_reward_model(directory)
-    numbers = backend.load_reward_model(published, torch.device("cpu"))
+    numbers = backend.load_reward_model(published, backend.choose_device("cpu", defaults()))
     source = rewards.classifier(numbers, key="k", pad_token_id=published.config.get("pad_token_id"), batch_rows=3)
     got, expected = source.score(tokens, ids, None), literal_rewards(theirs, tokens, ids)
     assert expected.std() > 0.05
