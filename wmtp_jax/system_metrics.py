@@ -33,6 +33,7 @@ class SystemMetrics:
         self._file = MetricsFile(run / SYSTEM_FILE)
         lines = read_metrics(run / SYSTEM_FILE)
         self._step = lines[-1]["step"] + 1 if lines else 0
+        self._first = self._step
         self._seconds = seconds
         self._next = time.monotonic() + min(seconds, 1.0)  # the processor's use is counted from one sample to the next
         self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
@@ -44,13 +45,13 @@ class SystemMetrics:
             monitor.collect_metrics()
             monitor.clear_metrics()
 
-    def sample(self) -> None:
-        """Writes a line if it is time for one.
+    def sample(self, *, last: bool = False) -> None:
+        """Writes a line if it is time for one, or if it is the last chance and there is none yet: a run may be over soon.
 
         Raises:
             UserError: the file can't be written.
         """
-        if time.monotonic() < self._next:
+        if self._step > self._first if last else time.monotonic() < self._next:
             return
         self._next = time.monotonic() + self._seconds
         values: dict[str, float] = {}

@@ -589,9 +589,9 @@ def _follow(run: Path, parent: int) -> int:
             gone = os.getppid() != parent
             delivery.read_journal()
             status = delivery.status or ("KILLED" if gone else "")
-            if system is not None and not status:
+            if system is not None:
                 try:
-                    system.sample()
+                    system.sample(last=bool(status))
                 except UserError as error:
                     system = None
                     _say(f"{error}; what the machine does is not written any more")
