@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_jax import storage
+from wmtp_jax.data.cache import sync
 from wmtp_jax.errors import UserError
 from wmtp_jax.manifest import DAMAGED, MANIFEST, file_names, parse_manifest, problem, settle
 
@@ -234,7 +235,7 @@ def _pull_checkpoint(there: str, step: int, here: Path) -> str:
         if told := problem(partial):
             return told
         for path in (*partial.rglob("*"), partial):
-            _sync(path)
+            sync(path)
         partial.rename(here / str(step))
         return ""
     finally:
@@ -423,14 +424,6 @@ def _link(source: Path, target: Path) -> None:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
             raise
         shutil.copyfile(source, target)  # a file system without links
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _say(text: str) -> None:

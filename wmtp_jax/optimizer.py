@@ -100,7 +100,7 @@ def _model_rule(settings: OptimizerSettings, factor: optax.Schedule) -> optax.Gr
                 weight_decay=settings.weight_decay,
                 mask=is_matrix,
             )
-        case "muon":
+        case _:  # muon; `OptimizerSettings` has refused all others
 
             def dimensions(parameters: Any) -> Any:
                 # The last two axes are (in, out); an axis before them stacks layers, each orthogonalised by itself.
@@ -120,4 +120,3 @@ def _model_rule(settings: OptimizerSettings, factor: optax.Schedule) -> optax.Gr
                 adam_learning_rate=_scaled(settings.learning_rate, factor),
                 muon_weight_dimension_numbers=dimensions,
             )
-    raise ValueError(f"optimizer {settings.name!r}: must be adamw or muon")

@@ -40,9 +40,9 @@ def make_once(directory: Path, build: Callable[[Path], None]) -> None:
             partial.mkdir()
             build(partial)
             for path in partial.rglob("*"):
-                _sync(path)
+                sync(path)
             partial.rename(directory)
-            _sync(directory.parent)
+            sync(directory.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -53,7 +53,7 @@ def write_file(path: Path, content: bytes) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}")
     try:
         partial.write_bytes(content)
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -84,7 +84,8 @@ def _remove_abandoned(partial: Path, *, held: bool) -> None:
             shutil.rmtree(partial)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the disk hold what was written to a file, or which names a directory has."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
