@@ -18,24 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from updates import ALGORITHMS as ALL
 
 from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.model import ModelSettings, initial_parameters
 from wmtp_jax.settings import Critic, Weighting
 from wmtp_jax.train_step import initial_state, train_step
 
-ALGORITHMS = {
-    "rho1-tokenskip": Weighting(algorithm="rho1-tokenskip"),
-    "rho1-weighted": Weighting(algorithm="rho1-weighted"),
-    "rho1-weighted, softmax over heads": Weighting(algorithm="rho1-weighted", form="softmax_over_heads"),
-    "critic-wmtp": Weighting(algorithm="critic-wmtp"),
-    "critic-wmtp, advantage": Weighting(algorithm="critic-wmtp"),
-    "confidence": Weighting(algorithm="confidence"),
-    "focal": Weighting(algorithm="focal"),
-    "entropy": Weighting(algorithm="entropy"),
-    "gradient": Weighting(algorithm="gradient"),
-    "hybrid": Weighting(algorithm="hybrid", members=("entropy", "head-decay"), coefficients=(0.5, 0.5)),
-}
+# Those whose figures are in README.md; `measure.py --parts algorithms` has all.
+ALGORITHMS = {name: weighting for name, weighting in ALL.items() if name not in ("baseline-mtp", "head-decay")}
 
 
 def main() -> None:
