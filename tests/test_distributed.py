@@ -215,19 +215,29 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(command, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [1, 0])
-def test_when_one_process_is_killed_the_others_name_it_and_all_go_on_together(victim, command, alone, tmp_path):
+@pytest.mark.parametrize("victim, count", [(0, 2), (2, 4)])
+def test_when_one_process_is_killed_the_others_name_it_and_all_go_on_together(victim, count, command, tmp_path):
+    """Four processes have two rows in two micro-batches: half of the positions of one row each."""
     workdir, long = tmp_path / "run", [*command, "--config.train.steps=3000", "--config.eval.every=0"]
-    with started(long, 2, workdir) as processes:
+    if count == 4:
+        long += ["--config.train.batch_size=2", "--config.train.accumulation=2"]
+    with started(long, count, workdir) as processes:
         wait_for_lines(workdir, 8, processes)
         processes[victim].kill()
         began = time.monotonic()
-        assert processes[1 - victim].wait(timeout=60) == EXIT_LOST, told(workdir, 1 - victim)[-3000:]
+        others = [rank for rank in range(count) if rank != victim]
+        for rank in others:
+            assert processes[rank].wait(timeout=60) == EXIT_LOST, told(workdir, rank)[-3000:]
         assert time.monotonic() - began < 60
-    last = told(workdir, 1 - victim).splitlines()[-1]
-    assert last.startswith(f"error: process {victim} of 2") and "is gone" in last and "--resume=auto" in last
+    for rank in others:
+        last = told(workdir, rank).splitlines()[-1]
+        assert last.startswith(f"error: process {victim} of {count}") and "is gone" in last and "--resume=auto" in last
     step = int(find_checkpoint(workdir).name)
     assert step >= 3  # the save of step 6 may have been under way
-    train([*long, f"--config.train.steps={step + 2}"], 2, workdir)
+    end = f"--config.train.steps={step + 2}"
+    train([*long, end], count, workdir)
     lines = read_metrics(workdir / "metrics.jsonl")
     assert lines[-1]["step"] == step + 2 and [line["step"] for line in lines] == list(range(step + 3))
+    if count == 4:
+        assert "over 2 of 4 devices, and their positions over mesh.sequence = 2" in told(workdir, 0)
+        assert_same_run(workdir, train([*long, end], 1, tmp_path / "alone"))

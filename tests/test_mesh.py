@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from wmtp_jax import train as in_jax
 from wmtp_jax.config import defaults, validate
 from wmtp_jax.errors import UserError
-from wmtp_jax.mesh import check_model, check_rows, mesh_sizes
+from wmtp_jax.mesh import check_model, fit, mesh_sizes
 from wmtp_jax.settings import ModelSettings
 
 ROOT = Path(__file__).parent.parent
@@ -59,14 +60,51 @@ def test_sizes_that_mean_nothing_are_refused_by_name(wrong):
         validate(config)
 
 
-def test_batches_that_can_not_be_shared_out_are_refused():
+def recipe(rows: int, accumulation: int = 1, **sizes: int) -> ConfigDict:
     config = defaults()
-    config.train.accumulation = 2
-    check_rows(mesh(data=2, fsdp=2), config)
-    with pytest.raises(UserError, match=r"config.train.batch_size = 8 in 2 micro-batches of 4: .* 8 devices .*2 x 4"):
-        check_rows(mesh(data=2, fsdp=4), config)
-    with pytest.raises(UserError, match=r"config.data.sequence_length = 256: .* config.mesh.sequence \(3\)"):
-        check_rows(mesh(data=1, sequence=3), config)
+    config.train.batch_size, config.train.accumulation = rows, accumulation
+    config.mesh.update(sizes)
+    return config
+
+
+@pytest.mark.parametrize(
+    "config, devices, exactly, sizes, accumulation, told",
+    [
+        (recipe(8), 8, False, {"data": 8}, 1, ()),
+        (recipe(2), 8, False, {"data": 2}, 1, ("mesh.data = -1: 2 rows an update are .* 2 of 8 devices; the others idle",)),
+        (recipe(6), 8, False, {"data": 6}, 1, ("over 6 of 8 devices",)),
+        (recipe(6, tensor=2), 8, False, {"data": 3, "tensor": 2}, 1, ("over 3 of 8 devices",)),
+        # The 7B recipe: 16 micro-batches of 16 rows.
+        (recipe(256, 16, data=1, fsdp=-1), 4, True, {"fsdp": 4}, 16, ()),
+        (recipe(256, 16, data=1, fsdp=-1), 64, True, {"fsdp": 64}, 4, (r"accumulation = 16: 4 instead, .* 64 devices",)),
+        (recipe(24, 4), 16, False, {"data": 12}, 2, ("over 12 of 16 devices", "accumulation = 4: 2 instead")),
+        # No device of another process may idle.
+        (recipe(2), 4, True, {"data": 2, "sequence": 2}, 1, ("over 2 of 4 devices, and their positions over mesh.sequence = 2",)),
+        (recipe(6), 4, True, {"data": 2, "sequence": 2}, 1, ("6 rows an update are shared out over 2 of 4",)),
+    ],
+)  # fmt: skip
+def test_a_recipe_as_it_is_fits_any_number_of_devices(config, devices, exactly, sizes, accumulation, told):
+    found = fit(config, devices, exactly=exactly)
+    assert found.sizes == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1} | sizes and found.accumulation == accumulation
+    assert len(found.told) == len(told) and all(re.search(part, line) for part, line in zip(told, found.told, strict=True))
+    # Never more rows at a time than one device would have.
+    shards = found.sizes["data"] * found.sizes["fsdp"]
+    assert config.train.batch_size / shards / accumulation <= config.train.batch_size / config.train.accumulation
+
+
+@pytest.mark.parametrize(
+    "config, devices, exactly, message",
+    [
+        (recipe(8, data=3), 4, False, r"batch_size = 8: must be a multiple of the 3 devices of mesh.data x mesh.fsdp \(3 x 1\)"),
+        (recipe(8, data=1, sequence=3), 3, False, r"config.data.sequence_length = 256: .* config.mesh.sequence \(3\)"),
+        # Three processes: rows don't divide, nor do positions.
+        (recipe(8), 3, True, r"batch_size = 8: must be a multiple of the 3 devices .* change it"),
+        (recipe(2, sequence=2), 8, True, r"batch_size = 2: must be a multiple of the 4 devices"),
+    ],
+)
+def test_batches_that_can_not_be_shared_out_are_refused(config, devices, exactly, message):
+    with pytest.raises(UserError, match=message):
+        fit(config, devices, exactly=exactly)
 
 
 @pytest.mark.parametrize(

@@ -174,13 +174,14 @@ def defaults() -> ConfigDict:
     c.train.steps = 1000  # updates; 0 where epochs say how long
     c.train.epochs = 0.0  # passes over the training rows; 0 where steps say how long
     c.train.batch_size = 8  # rows an update, over all devices, processes and accumulation steps
-    c.train.accumulation = 1  # micro-batches an update
+    c.train.accumulation = 1  # micro-batches an update; fewer where more devices than the rows of one share them out
     c.train.loss_chunk = 0  # tokens whose logits are held at once; 0: chosen by the loss
     c.train.log_every = 50
     c.train.nonfinite_limit = 0  # non-finite updates that are skipped and counted before the run stops; 0: stop at the first
 
     # How many devices each axis of the mesh has; their product is the number of devices (of all processes). -1, for one of them:
-    # those that the others leave. One device in all: nothing is split. See wmtp_jax/sharding.py.
+    # those that the others leave, and for data and fsdp as many of these as the rows of a batch can be shared out over. One
+    # device in all: nothing is split. See wmtp_jax/sharding.py.
     c.mesh = ConfigDict()
     c.mesh.data = -1  # rows
     c.mesh.fsdp = 1  # rows, and parameters, gradients and optimizer state over the width

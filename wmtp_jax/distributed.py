@@ -153,10 +153,12 @@ class Processes:
     Attributes:
       index, count: which of how many.
       share: (number, of how many): which part of a batch's rows this process reads.
+      accumulation: micro-batches an update on their devices; None: as `train.accumulation` says.
     """
 
     index, count = 0, 1
     share = (0, 1)
+    accumulation: int | None = None
 
     @property
     def first(self) -> bool:

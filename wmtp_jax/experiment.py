@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from wmtp_jax.config import defaults
 from wmtp_jax.data.corpus import Corpus, load_corpus
 from wmtp_jax.data.pipeline import rows_per_epoch
+from wmtp_jax.distributed import Processes
 from wmtp_jax.origins import tokenizer_of
 from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting
 from wmtp_jax.trainable import Trainable
@@ -30,6 +31,15 @@ def load_data(config: ConfigDict) -> Corpus:
         label_field=c.label_field,
         failed_in_loss=c.failed_in_loss,
     )
+
+
+def as_placed(config: ConfigDict, processes: Processes) -> ConfigDict:
+    """The configuration with the micro-batches that an update takes on the devices of these processes."""
+    if processes.accumulation in (None, config.train.accumulation):
+        return config
+    c = ConfigDict(config.to_dict())
+    c.train.accumulation = processes.accumulation
+    return c.lock()
 
 
 def total_steps(config: ConfigDict, corpus: Corpus) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from wmtp_jax.errors import UserError
 from wmtp_jax.settings import ModelSettings
@@ -51,18 +51,76 @@ def mesh_sizes(c: ConfigDict, devices: int, *, exactly: bool = False) -> Sizes:
     return sizes | {rest: devices // fixed}
 
 
+class Fit(NamedTuple):
+    """How a recipe runs on the devices that are there.
+
+    Attributes:
+      sizes: of the mesh's axes.
+      accumulation: micro-batches an update.
+      told: what differs from what the configuration says or the devices allow, a line each.
+    """
+
+    sizes: Sizes
+    accumulation: int
+    told: tuple[str, ...]
+
+
+def fit(config: ConfigDict, devices: int, *, exactly: bool = False) -> Fit:
+    """A recipe as it is, on any number of devices: where `data` or `fsdp` is -1, it gets the most devices that the rows of a
+    batch can be shared out over, and where some would have no row in every micro-batch, there are fewer micro-batches, never more
+    rows at a time than on one device. Neither changes a result beyond rounding.
+
+    Args:
+      exactly: as `mesh_sizes` has it. Devices that get no rows of their own then split the positions.
+
+    Raises:
+      UserError: the axes don't fit that number, or rows or positions can't be shared out so.
+    """
+    c, rows, length = config.mesh, config.train.batch_size, config.data.sequence_length
+    sizes, told = mesh_sizes(c, devices, exactly=exactly), []
+    rest = next((axis for axis in ("data", "fsdp") if c[axis] == REST), None)
+    if rest is not None:
+        most, others = sizes[rest], sizes["data"] * sizes["fsdp"] // sizes[rest]
+
+        def shares(count: int) -> bool:
+            left = most // count if exactly else 1
+            even = most % count == 0 and length % left == 0 and (left == 1 or c.sequence == 1)
+            return rows % (count * others) == 0 and (even or not exactly)
+
+        count = next(filter(shares, range(most, 0, -1)), most)
+        if count < most:
+            sizes = sizes | {rest: count} | ({"sequence": most // count} if exactly else {})
+            what = f", and their positions over mesh.sequence = {most // count}" if exactly else "; the others idle"
+            told.append(
+                f"config.mesh.{rest} = -1: {rows} rows an update are shared out over {count * others} of {devices} devices{what}"
+            )
+    check_rows(sizes, config)
+    shards = sizes["data"] * sizes["fsdp"]
+    accumulation = micro_batches(config, shards)
+    if accumulation < config.train.accumulation:
+        told.append(
+            f"config.train.accumulation = {config.train.accumulation}: {accumulation} instead, so that each of {shards} devices "
+            "has rows in every micro-batch"
+        )
+    return Fit(sizes, accumulation, tuple(told))
+
+
+def micro_batches(config: ConfigDict, shards: int) -> int:
+    """`train.accumulation`, or the next lower number that leaves each of `shards` parts of a batch rows in every micro-batch."""
+    part = config.train.batch_size // shards
+    return next(count for count in range(config.train.accumulation, 0, -1) if part % count == 0)
+
+
 def check_rows(sizes: Mapping[str, int], config: ConfigDict) -> None:
     """Refuses batches that the mesh can't share out evenly.
 
     Raises:
-      UserError: rows of a micro-batch over `data` x `fsdp`, or positions over `sequence`.
+      UserError: rows over `data` x `fsdp`, or positions over `sequence`.
     """
-    train, shards = config.train, sizes["data"] * sizes["fsdp"]
-    rows = train.batch_size // train.accumulation
-    if rows % shards:
-        parts = f" in {train.accumulation} micro-batches of {rows}" if train.accumulation > 1 else ""
+    shards = sizes["data"] * sizes["fsdp"]
+    if config.train.batch_size % shards:
         raise UserError(
-            f"config.train.batch_size = {train.batch_size}{parts}: must be a multiple of the {shards} devices of mesh.data x "
+            f"config.train.batch_size = {config.train.batch_size}: must be a multiple of the {shards} devices of mesh.data x "
             f"mesh.fsdp ({sizes['data']} x {sizes['fsdp']}); change it, or set config.mesh.* to use fewer devices"
         )
     if config.data.sequence_length % sizes["sequence"]:

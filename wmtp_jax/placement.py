@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from wmtp_jax import devices, sharding
 from wmtp_jax.distributed import ALONE, Processes, join
 from wmtp_jax.errors import UserError
-from wmtp_jax.mesh import check_rows, described, mesh_sizes
+from wmtp_jax.mesh import described, fit
 from wmtp_jax.model import Parameters, flatten, nest
 
 
@@ -139,12 +140,17 @@ def choose_placement(name: str | None, config: ConfigDict) -> Placement:
     processes = join()
     device = devices.choose_device(name)
     there = jax.devices()
-    sizes = mesh_sizes(config.mesh, len(there), exactly=processes.count > 1)
-    check_rows(sizes, config)
+    sizes, accumulation, told = fit(config, len(there), exactly=processes.count > 1)
+    if processes.first:
+        for line in told:
+            print(line, file=sys.stderr)
     count = int(np.prod(list(sizes.values())))
     mesh = sharding.make_mesh(sizes, there[:count]) if count > 1 else None
     if processes.count > 1:
-        processes.share = _row_share(mesh, config.train.batch_size // config.train.accumulation)
+        processes.share = _row_share(mesh, config.train.batch_size // accumulation)
+    else:
+        processes = Processes()
+    processes.accumulation = accumulation
     return Placement(device, mesh, processes)
 
 

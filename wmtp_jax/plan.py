@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from wmtp_jax import cli, costs, summary
 from wmtp_jax.config import validate
 from wmtp_jax.errors import UserError
-from wmtp_jax.mesh import AXES, Sizes, check_model, check_rows, described, mesh_sizes
+from wmtp_jax.mesh import AXES, Sizes, check_model, check_rows, described, mesh_sizes, micro_batches
 from wmtp_jax.settings import ModelSettings
 
 KINDS = (*costs.DEVICES, "cpu")
@@ -69,9 +69,7 @@ def with_rows_for_all(config: ConfigDict, sizes: Sizes) -> tuple[ConfigDict, lis
     if train.batch_size % shards:
         changed.train.batch_size = -(-train.batch_size // shards) * shards
         changes.append(f"config.train.batch_size={changed.train.batch_size} instead of {train.batch_size}")
-    counts = range(train.accumulation, 0, -1)
-    most = changed.train.batch_size // shards
-    changed.train.accumulation = next(count for count in counts if most % count == 0)
+    changed.train.accumulation = micro_batches(changed, shards)
     if changed.train.accumulation != train.accumulation:
         changes.append(f"config.train.accumulation={changed.train.accumulation} instead of {train.accumulation}")
     return changed.lock(), changes

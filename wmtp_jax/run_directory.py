@@ -29,6 +29,7 @@ FREE_KEYS = (
     "train.epochs",
     "train.log_every",
     "train.nonfinite_limit",
+    "train.accumulation",
     "data.cache_dir",
     "data.prefetch",
     "mesh.",

@@ -13,7 +13,7 @@ from wmtp_jax.cli import StopSignals
 from wmtp_jax.config import uses_reference, validate
 from wmtp_jax.distributed import refuse_several
 from wmtp_jax.errors import UserError, disk_errors
-from wmtp_jax.experiment import load_data
+from wmtp_jax.experiment import as_placed, load_data
 from wmtp_jax.origins import model_key, with_published_trunk
 from wmtp_jax.stages import Backend, Experiment, Stage, load_reference
 
@@ -47,7 +47,8 @@ def score_data(
     refuse_several("one scores, and runs of several take up what it stored")
     validate(config)
     config = with_published_trunk(config)
-    where, corpus = backend.choose_device(device, config), load_data(config)
+    where = backend.choose_device(device, config)
+    config, corpus = as_placed(config, backend.processes(where)), load_data(config)
     print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
     last = Stage("train", config, workdir, corpus)
     path = config.reference.path or workdir / "reference"

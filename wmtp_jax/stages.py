@@ -35,6 +35,7 @@ from wmtp_jax.evaluation.row_kinds import row_kinds
 from wmtp_jax.evaluation.token_kinds import KINDS
 from wmtp_jax.experiment import (
     adapter_settings,
+    as_placed,
     critic_settings,
     load_data,
     model_settings,
@@ -389,6 +390,7 @@ def run_experiment(
     processes = backend.processes(where)
     processes.check_same({f"config.{key}": value for key, value in flatten(config) if key not in OWN_KEYS})
     processes.check_same({"--resume": resume, "--dry_run": dry_run})
+    config = as_placed(config, processes)
     if verbose:
         logging.basicConfig(level=logging.INFO)
         print(summary.facts("configuration", redacted(list(flatten(config)))))
