@@ -61,6 +61,12 @@ class Server:
     def environment(self) -> dict[str, str]:
         return environment(self.port)
 
+    @property
+    def pid(self) -> int:
+        """Of the running process."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> None:
         """Starts it and waits until it answers."""
         self.directory.mkdir(parents=True, exist_ok=True)

