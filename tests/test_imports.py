@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 WITHOUT_JAX = [
     "wmtp_jax.cli", "wmtp_jax.compatible", "wmtp_jax.config", "wmtp_jax.experiment", "wmtp_jax.loop", "wmtp_jax.rewards",
-    "wmtp_jax.stages", "wmtp_jax.parameters_file", "wmtp_jax.flops", "wmtp_jax.evaluation.metrics", "wmtp_jax.data.bigram",
+    "wmtp_jax.stages", "wmtp_jax.stage", "wmtp_jax.stage_ends", "wmtp_jax.config_checks", "wmtp_jax.metrics_file",
+    "wmtp_jax.parameters_file", "wmtp_jax.flops", "wmtp_jax.evaluation.metrics", "wmtp_jax.data.bigram",
     "wmtp_jax.data.build", "wmtp_jax.data.mutate", "wmtp_jax.data.judging", "wmtp_jax.data.problems",
     "wmtp_jax.data.tfds_builders", "wmtp_jax.schedule", "wmtp_jax.step_directories", "wmtp_jax.algorithms",
     "wmtp_jax.records", "wmtp_jax.checks", "wmtp_jax.origins", "wmtp_jax.trainable",

@@ -18,6 +18,8 @@ import pytest
 
 from wmtp_jax import tracking
 from wmtp_jax.errors import UserError
+from wmtp_jax.journal import only_one
+from wmtp_jax.mlflow_store import mlflow_client
 from wmtp_jax.model_registry import model_files, model_tags
 from wmtp_jax.parameters_file import FILE, read_parameters
 from wmtp_jax.tracking import MetricsFile, Tracker, check_tracking_uri, read_metrics
@@ -180,7 +182,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(runs):
-    return tracking._mlflow_client(f"sqlite:///{runs / 'mlflow.db'}")
+    return mlflow_client(f"sqlite:///{runs / 'mlflow.db'}")
 
 
 def state(run):
@@ -358,7 +360,7 @@ def test_replay_refuses_what_it_cannot_do(runs, tmp_path, capsys):
     assert "nothing was logged" in error(tmp_path)
     write_steps(tmp_path / "metrics.jsonl", [1])
     assert "plain files" in error(tmp_path, "--uri", "file:///x")
-    with tracking._only_one(tmp_path, wait=True):
+    with only_one(tmp_path, wait=True):
         assert "its training is running" in error(tmp_path)
 
 
@@ -484,7 +486,7 @@ def test_a_whole_training_on_a_server_with_artifacts_in_object_storage(object_st
         return done.stderr
 
     def wait_for_server():
-        client = tracking._mlflow_client(uri)
+        client = mlflow_client(uri)
         deadline = time.monotonic() + PATIENCE
         while True:
             with contextlib.suppress(Exception):  # whatever it is, it counts only if it lasts
@@ -576,7 +578,7 @@ def test_server_comes_late_and_goes_away(tmp_path, capfd):
         log(range(20, 30))
         assert tracker.finish(timeout=PATIENCE) is True
         said += capfd.readouterr().err
-        client = tracking._mlflow_client(uri)
+        client = mlflow_client(uri)
         entry = client.get_run(state(run)["run_id"])
         assert entry.info.status == "FINISHED" and entry.data.params == {"a": "1"}
         assert points(client, run, "train/loss") == [(step, float(step)) for step in range(30)]

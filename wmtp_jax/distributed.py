@@ -185,7 +185,7 @@ ALONE = Processes()
 
 
 def one_process(device: Any) -> Processes:
-    """`stages.Backend.processes` of a backend that trains in one."""
+    """`stage.Backend.processes` of a backend that trains in one."""
     return ALONE
 
 

@@ -10,7 +10,8 @@ from wmtp_jax import summary
 from wmtp_jax.abstract_update import abstract_reference, bytes_on_a_device, lower_update
 from wmtp_jax.experiment import total_steps, weighting_settings
 from wmtp_jax.placement import Placement
-from wmtp_jax.stages import Stage, plan_rows
+from wmtp_jax.stage import Stage
+from wmtp_jax.stage_ends import plan_rows
 
 
 def print_plan(stage: Stage, device: Placement) -> None:

@@ -22,10 +22,10 @@ from wmtp_jax.data.pipeline import Batches
 from wmtp_jax.distributed import ALONE, Processes
 from wmtp_jax.errors import NonFiniteLoss, UserError
 from wmtp_jax.meter import Meter
+from wmtp_jax.metrics_file import MetricsFile
 from wmtp_jax.progress import Progress
 from wmtp_jax.run_directory import save_arrays, write_json
 from wmtp_jax.stopping import Stopping
-from wmtp_jax.tracking import MetricsFile
 
 Batch = dict[str, Any]
 # What a training was made from besides its configuration: another one of these makes it another training.

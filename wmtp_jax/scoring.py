@@ -15,7 +15,8 @@ from wmtp_jax.distributed import refuse_several
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.experiment import as_placed, load_data
 from wmtp_jax.origins import model_key, with_published_trunk
-from wmtp_jax.stages import Backend, Experiment, Stage, load_reference
+from wmtp_jax.stage import Backend, Stage
+from wmtp_jax.stages import Experiment, load_reference
 
 
 def score_data(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from wmtp_jax.metrics_file import MetricsFile, read_metrics
+
 SYSTEM_FILE = "system.jsonl"
 
 
@@ -27,8 +29,6 @@ class SystemMetrics:
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
         from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
-
-        from wmtp_jax.tracking import MetricsFile, read_metrics
 
         self._file = MetricsFile(run / SYSTEM_FILE)
         lines = read_metrics(run / SYSTEM_FILE)

@@ -20,7 +20,7 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from wmtp_jax import loop
+from wmtp_jax import loop, stage_ends, stages
 from wmtp_jax.checkpoint import Checkpoints, load_model
 from wmtp_jax.cli import StopSignals
 from wmtp_jax.config import uses_reference
@@ -46,7 +46,7 @@ from wmtp_jax.placement import Placement, choose_placement
 from wmtp_jax.pretrained import Published, load_pretrained
 from wmtp_jax.pretrained.placing import place
 from wmtp_jax.settings import ModelSettings
-from wmtp_jax.stages import Stage, finish_model, finish_values, run_experiment
+from wmtp_jax.stage import Stage
 from wmtp_jax.train_step import (
     Batch,
     Reference,
@@ -62,7 +62,7 @@ from wmtp_jax.train_step import (
 )
 from wmtp_jax.trainable import ALL, Trainable
 
-# `stages.Backend`, which this module is, and the command's entry.
+# `stage.Backend`, which this module is, and the command's entry.
 __all__ = [
     "NAME", "check_stage", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "processes",
     "train", "train_model", "train_values",
@@ -75,7 +75,7 @@ def train(config: ConfigDict, **options: Any) -> None:
     """Trains what the configuration describes; `stages.run_experiment` says with what options and errors."""
     keep_compiled_programs()
     with together():
-        run_experiment(config, sys.modules[__name__], **options)
+        stages.run_experiment(config, sys.modules[__name__], **options)
 
 
 def choose_device(name: str | None, config: ConfigDict) -> Placement:
@@ -216,7 +216,7 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
 
     # Several processes would have to decode in step: `wmtp_jax.evaluate` does it from the checkpoint.
     samples = stage.complete(continued) if stage.processes.count == 1 else []
-    finish_model(stage, step=int(state.step), skipped=int(state.skipped), best=best, samples=samples)
+    stage_ends.finish_model(stage, step=int(state.step), skipped=int(state.skipped), best=best, samples=samples)
 
 
 def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
@@ -261,7 +261,7 @@ def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
     )
     del parameters, state
     state, best = loop.run(training, config, stage.directory, stage.corpus, signals)
-    finish_values(stage, step=int(state.step), skipped=int(state.skipped), best=best)
+    stage_ends.finish_values(stage, step=int(state.step), skipped=int(state.skipped), best=best)
 
 
 # ---- pieces of the above ---------------------------------------------------------------------------------------------

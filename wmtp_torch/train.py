@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 
-from wmtp_jax import loop, summary
+from wmtp_jax import loop, stage_ends, stages, summary
 from wmtp_jax.cli import StopSignals
-from wmtp_jax.config import check_one_device
+from wmtp_jax.config_checks import check_one_device
 from wmtp_jax.data.pipeline import make_batch
-from wmtp_jax.distributed import one_process as processes  # noqa: F401  of `stages.Backend`
+from wmtp_jax.distributed import one_process as processes  # noqa: F401  of `stage.Backend`
 from wmtp_jax.errors import UserError
 from wmtp_jax.experiment import critic_settings, optimizer_settings, total_steps, trainable, weighting_settings
 from wmtp_jax.flops import measured_peak, peak_of
@@ -30,19 +30,19 @@ from wmtp_jax.origins import is_published
 from wmtp_jax.pretrained import Published, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.settings import ModelSettings
-from wmtp_jax.stages import Stage, finish_model, finish_values, plan_rows, run_experiment
+from wmtp_jax.stage import Stage
 from wmtp_torch import train_step as steps
 from wmtp_torch.checkpoint import Checkpoints, as_tensor, load_model
 from wmtp_torch.model import Model, initial_parameters, merge
 from wmtp_torch.optimizer import Optimizer, make_schedule
 from wmtp_torch.train_step import Batch, TrainState
 
-NAME = "torch"  # this and what has no underscore below are `stages.Backend`
+NAME = "torch"  # this and what has no underscore below are `stage.Backend`
 
 
 def train(config: ConfigDict, **options: Any) -> None:
     """Trains what the configuration describes; `stages.run_experiment` says with what options and errors."""
-    run_experiment(config, sys.modules[__name__], **options)
+    stages.run_experiment(config, sys.modules[__name__], **options)
 
 
 def choose_device(name: str | None, config: ConfigDict) -> torch.device:
@@ -70,7 +70,7 @@ def print_plan(stage: Stage, device: torch.device) -> None:
     """What a run would do; what it needs of memory is the JAX backend's to say."""
     config, settings = stage.config, stage.model
     model = Model(settings, value_head=critic_settings(config) is not None)
-    rows = plan_rows(stage, sum(p.numel() for p in model.parameters()))
+    rows = stage_ends.plan_rows(stage, sum(p.numel() for p in model.parameters()))
     print(summary.facts("plan (--dry_run: nothing is trained)", [*rows, ("device", str(device))]))
 
 
@@ -133,7 +133,7 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
 
     # ---- what it learned ---------------------------------------------------------------------------------------------
     samples = stage.complete(functools.partial(_sample, model, device, config.eval.completion_temperature, seed))
-    finish_model(stage, step=state.step, skipped=int(state.skipped), best=best, samples=samples)
+    stage_ends.finish_model(stage, step=state.step, skipped=int(state.skipped), best=best, samples=samples)
     _release(device)
 
 
@@ -159,7 +159,7 @@ def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> No
     # ---- the loop ----------------------------------------------------------------------------------------------------
     start = steps.initial_state(parameters, optimizer)
     state, best = _run(stage, device, signals, start, step=step, evaluate=evaluate_state, inspect=None)
-    finish_values(stage, step=state.step, skipped=int(state.skipped), best=best)
+    stage_ends.finish_values(stage, step=state.step, skipped=int(state.skipped), best=best)
     _release(device)
 
 

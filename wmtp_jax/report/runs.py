@@ -10,7 +10,7 @@ from typing import Any
 
 from wmtp_jax import storage
 from wmtp_jax.errors import UserError
-from wmtp_jax.tracking import METRICS_FILE, read_metrics
+from wmtp_jax.metrics_file import METRICS_FILE, read_metrics
 
 # Two runs that differ in these alone are seeds of one another: where things lie, how often they are written.
 _SAME_EXPERIMENT = ("train.seed", "train.log_every", "data.cache_dir", "data.prefetch", "eval.", "checkpoint.", "tracking.")
