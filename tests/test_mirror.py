@@ -145,6 +145,27 @@ def test_a_run_is_copied_and_comes_back(s3, tmp_path):
     assert storage.local(f"{s3}").joinpath("checkpoints/50").is_dir()
 
 
+def test_who_may_not_remove_uploads_all_the_same(s3, tmp_path, monkeypatch, capfd):
+    """A role without the right to delete, or to list parts: every checkpoint arrives once, and what stays there is said once."""
+
+    def refuse(*_):
+        raise UserError("access denied")
+
+    uploaded, upload = [], storage.upload
+    monkeypatch.setattr(storage, "remove", refuse)
+    monkeypatch.setattr(storage, "abort_uploads", refuse)
+    monkeypatch.setattr(storage, "upload", lambda path, *rest, **options: (uploaded.append(path), upload(path, *rest, **options)))
+    write(tmp_path / "checkpoints", {10: 1.0, 20: 2.0, 30: 3.0, 40: 4.0}, keep_last=9)
+    copier = mirror._Copier(tmp_path, s3, stopped=lambda: False)
+    copier.abort_uploads()
+    for step in (10, 20, 30, 40):
+        seal(tmp_path / "checkpoints" / str(step), step, metrics={METRIC: step}, keep_last=1, best_metric=METRIC)
+        copier.checkpoint(tmp_path / "checkpoints" / str(step), "", step)
+    assert there(f"{s3}/checkpoints") == [10, 20, 30, 40] and len(set(uploaded)) == len(uploaded) == 4
+    said = capfd.readouterr().err
+    assert said.count("old checkpoints are not removed there: access denied") == 1 == said.count("cut off are not removed")
+
+
 def test_an_upload_without_its_marker_does_not_count(s3, tmp_path):
     write(tmp_path / "run" / "checkpoints", {10: 1.0, 20: 2.0})
     push(tmp_path / "run", s3)

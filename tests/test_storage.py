@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +58,22 @@ def test_what_is_uploaded_is_listed_and_comes_back(s3, tmp_path):
     prefix = s3.removeprefix(f"s3://{BUCKET}/")
     body = storage.client().get_object(Bucket=BUCKET, Key=f"{prefix}/a/deep/er/large")["Body"].read()
     assert hashlib.sha256(body).digest() == hashlib.sha256(large).digest()
+
+
+@pytest.mark.parametrize("name", ("../x", "a/../../x", "/x", "a/./x"))
+def test_a_name_that_leads_out_of_the_cache_is_refused(name, tmp_path):
+    with pytest.raises(UserError, match="no path below a directory"):
+        storage.download("s3://b/k", tmp_path / "into", [storage.Stored("fine", 1, ""), storage.Stored(name, 1, "")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_server_does_not_remove_is_not_taken_for_removed(monkeypatch):
+    """S3 answers 200 and tells key by key what was refused."""
+    refused = {"Errors": [{"Key": "k/1", "Code": "AccessDenied", "Message": "no right"}]}
+    asked = SimpleNamespace(delete_objects=lambda **_: refused)
+    monkeypatch.setattr(storage, "client", lambda: asked)
+    with pytest.raises(UserError, match="s3://b/k/1: can't be removed .AccessDenied no right."):
+        storage.remove("s3://b/k", ["1", "2"])
 
 
 def test_other_content_under_the_same_name_is_fetched_anew(s3, object_store):

@@ -251,6 +251,7 @@ class _Copier:
     def __init__(self, run: Path, address: str, *, stopped: Callable[[], bool]):
         self.run, self.address, self._stopped = run, address, stopped
         self._sent: dict[str, tuple[int, int]] = {}  # size and mtime of what was uploaded
+        self._told: set[str] = set()  # what is not said twice
 
     def checkpoint(self, folder: Path, stage: str, step: int) -> None:
         """Uploads a checkpoint, what else the run has written first and the manifest last, and removes old ones."""
@@ -264,7 +265,25 @@ class _Copier:
                 raise UserError(f"{there}/{step}/{name}: has {stored.get(name)} bytes there, {file.stat().st_size} here")
         content = (folder / MANIFEST).read_bytes()
         storage.put(f"{there}/{step}/{MANIFEST}", content)
-        self._prune(there, step, parse_manifest(content)["policy"])
+        # By then it counts: that old ones can't be removed is no reason to upload it again.
+        self._as_far_as_allowed(
+            lambda: self._prune(there, step, parse_manifest(content)["policy"]), "old checkpoints are not removed there"
+        )
+
+    def abort_uploads(self) -> None:
+        """Removes what uploads that were cut off have left there."""
+        told = "parts of uploads that were cut off are not removed there"
+        self._as_far_as_allowed(lambda: storage.abort_uploads(self.address), told)
+
+    def _as_far_as_allowed(self, action: Callable[[], None], told: str) -> None:
+        try:
+            action()
+        except storage.Transient:
+            raise
+        except UserError as error:
+            if told not in self._told:
+                self._told.add(told)
+                _say(f"{told}: {error}")
 
     def files(self) -> None:
         """Uploads what the run has written besides checkpoints, as far as it is new."""
@@ -322,7 +341,7 @@ def follow(run: Path, address: str, parent: int) -> int:
                 def deliver(folder: Path = work[0], stage: str = stage, step: str = step) -> None:
                     nonlocal begun
                     if not begun:
-                        storage.abort_uploads(address)
+                        copier.abort_uploads()
                         begun = True
                     copier.checkpoint(folder, stage, int(step))
 

@@ -263,7 +263,7 @@ def _join_mirror(workdir: Path, address: str, resume: str) -> None:
     is told so now, and not in a week."""
     claim(workdir, address)
     if resume == "never":
-        there = [stored.name for stored in listing(address)]
+        there = [stored.name for stored in patiently(lambda: listing(address))]
         remove(address, [name for name in there if name.partition("/")[0] in run_directory.OUTPUTS])
     else:
         pull(address, workdir)

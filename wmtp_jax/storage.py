@@ -256,10 +256,14 @@ def download(path: str, directory: Path, objects: Iterable[Stored]) -> None:
     """Downloads objects below a path into a directory, several at a time, and checks what came against their ETags.
 
     Raises:
-      UserError: it can't be had, or other bytes came than are there.
+      UserError: it can't be had, other bytes came than are there, or an object's name leads out of the directory.
     """
     bucket, key = split(path)
     objects = list(objects)
+    for stored in objects:
+        # A key is any text; who may write there must not choose where files are made here.
+        if {"..", "."} & set(stored.name.split("/")) or stored.name.startswith("/"):
+            raise UserError(f"{path}: has an object named {stored.name!r}, which is no path below a directory; remove it there")
     targets = {stored: directory / (stored.name or key.rpartition("/")[2]) for stored in objects}
     with remote_errors(path), _transfers() as transfers:
         futures = []
@@ -319,13 +323,21 @@ def get(path: str) -> bytes:
 
 
 def remove(path: str, names: Iterable[str]) -> None:
-    """Removes objects below a path; those that are not there are removed already."""
+    """Removes objects below a path; those that are not there are removed already.
+
+    Raises:
+      UserError: one of them can't be removed.
+    """
     bucket, key = split(path)
     keys = ["/".join(filter(None, (key, name))) for name in names]
     with remote_errors(path):
         for start in range(0, len(keys), 1000):
             objects = [{"Key": name} for name in keys[start : start + 1000]]
-            client().delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+            answer = client().delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+            # An answer of 200 that tells, key by key, what was not done.
+            for refused in answer.get("Errors", ())[:1]:
+                said = f"{refused.get('Code', '')} {refused.get('Message', '')}".strip()
+                raise UserError(f"s3://{bucket}/{refused.get('Key', '')}: can't be removed ({said}); give the right to delete")
 
 
 def abort_uploads(path: str) -> None:
