@@ -144,6 +144,7 @@ def test_a_corpus_of_object_storage_is_the_local_one(s3, object_store, tmp_path,
     ({"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}, f"s3://{BUCKET}/x", "no credentials"),
     ({"AWS_SECRET_ACCESS_KEY": "wrong"}, f"s3://{BUCKET}/x", "does not accept the credentials"),
     ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, f"s3://{BUCKET}/x", "http://127.0.0.1:9 can't be reached"),
+    ({"AWS_ENDPOINT_URL": "http://me:planted@127.0.0.1:9"}, f"s3://{BUCKET}/x", r"http://\*\*\*@127.0.0.1:9 can't be reached"),
     ({"AWS_PROFILE": "nobody"}, f"s3://{BUCKET}/x", "nobody"),
 ])  # fmt: skip
 def test_what_the_user_can_put_right_is_one_line(change, path, words, s3, monkeypatch):

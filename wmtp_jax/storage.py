@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from wmtp_jax.data.cache import cache_directory, make_once
 from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.redact import redact
 
 # What `Path` makes of it has lost a slash.
 _REMOTE = re.compile(r"s3:/+")
@@ -106,7 +107,7 @@ def remote_errors(path: str | Path) -> Iterator[None]:
         ) from error
     except (exceptions.HTTPClientError, exceptions.ConnectionError) as error:
         raise Transient(
-            f"{path}: {client().meta.endpoint_url} can't be reached; check the network and AWS_ENDPOINT_URL"
+            f"{path}: {redact(client().meta.endpoint_url)} can't be reached; check the network and AWS_ENDPOINT_URL"
         ) from error
     except (exceptions.IncompleteReadError, RetriesExceededError) as error:
         raise Transient(f"{path}: the connection ended before all of it was there; try again") from error
@@ -440,4 +441,4 @@ def _refusal(path: str | Path, error: Any) -> str:
 
 def _first_line(error: object) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return redact(lines[0]) if lines else type(error).__name__
