@@ -17,12 +17,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.vessl_models import VESSL, against_models
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER, LAUNCH = ROOT / "docker", ROOT / "docker" / "launch"
 ALGORITHMS = ("baseline-mtp", "critic-wmtp", "rho1-weighted", "rho1-tokenskip")
-VESSL = json.loads((ROOT / "tests" / "vessl_models.json").read_text())
-# A string in place of these forms is VESSL's short way of writing them: `image: NAME`, `/data/: volume://...`, `KEY: value`.
-SHORT_FORMS = ("V1ImageForm", "V1ImportForm", "V1MountForm", "V1ExportForm", "V1EnvForm")
 
 
 def load(path):
@@ -38,37 +37,11 @@ vessl_run = load(LAUNCH / "vessl_run.py")
 # ---- run files against their readers --------------------------------------------------------------------------------
 
 
-def against_models(value, kind, where="run file"):
-    """What in a value is not what VESSL's models say: a list of sentences, empty where all is."""
-    if kind == "object":
-        return []
-    if inner := re.fullmatch(r"list\[(.+)\]", kind):
-        if not isinstance(value, list):
-            return [f"{where}: not a list"]
-        return [fault for i, item in enumerate(value) for fault in against_models(item, inner[1], f"{where}[{i}]")]
-    if inner := re.fullmatch(r"dict\[str, (.+)\]", kind):
-        if not isinstance(value, dict):
-            return [f"{where}: not a mapping"]
-        return [fault for key, item in value.items() for fault in against_models(item, inner[1], f"{where}.{key}")]
-    if kind in VESSL["models"]:
-        if isinstance(value, str) and kind in SHORT_FORMS:
-            return []
-        if not isinstance(value, dict):
-            return [f"{where}: neither a mapping nor a short form"]
-        keys = VESSL["models"][kind]
-        unknown = [f"{where}.{key}: no such key in {kind}" for key in value if key not in keys]
-        return unknown + [
-            fault for key in value if key in keys for fault in against_models(value[key], keys[key], f"{where}.{key}")
-        ]
-    types = {"str": str, "int": int, "bool": bool}
-    return [] if type(value) is types[kind] else [f"{where}: not a {kind}"]
-
-
 @pytest.mark.parametrize("mode", ("test", "production"))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_run_file_has_no_key_that_vessl_does_not(algorithm, mode):
     run = vessl_run.run_file(algorithm, mode)
-    assert against_models(run, "V1RunSpecFormBodyInput") == []
+    assert against_models(run) == []
     assert (run["env"]["WMTP_ALGO"], run["env"]["ENV_MODE"]) == (algorithm, mode)
     assert yaml.safe_load((DOCKER / "vessl.yaml").read_text()).keys() == run.keys()
 
@@ -79,7 +52,7 @@ def test_the_check_of_run_files_can_fail():
         {"command": "x"}, {"secrets": {}}, {"env": {"A": 1}}, {"env": {"A": {"secrets": "x"}}}, {"run": [{"script": "x"}]},
         {"resources": {"spot": True}}, {"tags": "a"}, {"termination_protection": "false"}, {"export": {"/x": {"to": "y"}}},
     ):  # fmt: skip
-        assert len(against_models(copy.deepcopy(run) | change, "V1RunSpecFormBodyInput")) == 1, change
+        assert len(against_models(copy.deepcopy(run) | change)) == 1, change
 
 
 def test_run_file_keeps_secrets_and_runs_out_of_itself():

@@ -16,6 +16,7 @@ BIN = Path(sys.executable).parent
 CHECKS = {
     "workflows": ["check-jsonschema", "--builtin-schema", "vendor.github-workflows", *WORKFLOWS],
     "compose": ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", ROOT / "docker" / "compose.yaml"],
+    "run file": ["python", ROOT / "tests" / "vessl_models.py", "check", ROOT / "docker" / "vessl.yaml"],
     "image": ["hadolint", ROOT / "docker" / "Dockerfile"],
     "scripts": ["shellcheck", *(ROOT / "docker").glob("*.sh"), *(ROOT / "docker" / "launch").glob("*.sh"), ROOT / ".ci" / "run"],
 }
@@ -34,6 +35,8 @@ def test_the_checkers_can_fail(tmp_path):
     assert subprocess.run([BIN / "check-jsonschema", *CHECKS["workflows"][1:3], broken], capture_output=True).returncode == 1
     broken.write_text("services:\n  a:\n    imag: x\n")
     assert subprocess.run([BIN / "check-jsonschema", *CHECKS["compose"][1:3], broken], capture_output=True).returncode == 1
+    broken.write_text("name: a\nsecrets: {}\n")
+    assert subprocess.run([BIN / "python", *CHECKS["run file"][1:3], broken], capture_output=True).returncode == 1
     broken.write_text("FROM python:latest\nRUN cd /x\n")
     assert subprocess.run([BIN / "hadolint", broken], capture_output=True).returncode == 1
 

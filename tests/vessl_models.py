@@ -1,6 +1,7 @@
-"""Extracts, once, what VESSL's own package says about its run files, into vessl_models.json beside this file.
+"""Extracts, once, what VESSL's own package says about its run files into vessl_models.json beside this file, and checks files by it.
 
     pip download --no-deps vessl && python tests/vessl_models.py vessl-VERSION-py3-none-any.whl
+    python tests/vessl_models.py check docker/vessl.yaml
 
 From the models that `vessl.openapi_client.models` carries it keeps, starting at the form of a run file, every key with its type;
 from the command line, the options of `vessl experiment create` and `vessl run create`. The source is read, not imported: the
@@ -19,6 +20,35 @@ from typing import Any
 
 ROOT_MODEL = "V1RunSpecFormBodyInput"
 OUTPUT = Path(__file__).with_suffix(".json")
+VESSL = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
+# A string in place of these forms is VESSL's short way of writing them: `image: NAME`, `/data/: volume://...`, `KEY: value`.
+SHORT_FORMS = ("V1ImageForm", "V1ImportForm", "V1MountForm", "V1ExportForm", "V1EnvForm")
+
+
+def against_models(value: Any, kind: str = ROOT_MODEL, where: str = "run file") -> list[str]:
+    """What in a value is not what VESSL's models say: a list of sentences, empty where all is."""
+    if kind == "object":
+        return []
+    if inner := re.fullmatch(r"list\[(.+)\]", kind):
+        if not isinstance(value, list):
+            return [f"{where}: not a list"]
+        return [fault for i, item in enumerate(value) for fault in against_models(item, inner[1], f"{where}[{i}]")]
+    if inner := re.fullmatch(r"dict\[str, (.+)\]", kind):
+        if not isinstance(value, dict):
+            return [f"{where}: not a mapping"]
+        return [fault for key, item in value.items() for fault in against_models(item, inner[1], f"{where}.{key}")]
+    if kind in VESSL["models"]:
+        if isinstance(value, str) and kind in SHORT_FORMS:
+            return []
+        if not isinstance(value, dict):
+            return [f"{where}: neither a mapping nor a short form"]
+        keys = VESSL["models"][kind]
+        unknown = [f"{where}.{key}: no such key in {kind}" for key in value if key not in keys]
+        return unknown + [
+            fault for key in value if key in keys for fault in against_models(value[key], keys[key], f"{where}.{key}")
+        ]
+    types = {"str": str, "int": int, "bool": bool}
+    return [] if type(value) is types[kind] else [f"{where}: not a {kind}"]
 
 
 def model_of(source: str) -> tuple[str, dict[str, str]]:
@@ -53,7 +83,16 @@ def options_of(sources: dict[str, str], file: str, command: str) -> list[str]:
     return sorted(found)
 
 
-def main(wheel: str) -> None:
+def check(paths: list[str]) -> int:
+    """Says what in run files VESSL does not know; the exit code."""
+    import yaml
+
+    faults = [fault for path in paths for fault in against_models(yaml.safe_load(Path(path).read_text()), where=path)]
+    print("\n".join(faults) or f"{', '.join(paths)}: every key is one of {VESSL['package']}")
+    return 1 if faults else 0
+
+
+def extract(wheel: str) -> None:
     models: dict[str, dict[str, str]] = {}
     with zipfile.ZipFile(wheel) as package:
         sources = {}
@@ -78,4 +117,6 @@ def main(wheel: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1] == "check":
+        sys.exit(check(sys.argv[2:]))
+    extract(sys.argv[1])
