@@ -1,4 +1,4 @@
-"""Extracts, once, what VESSL's own package says about its run files into vessl_models.json beside this file, and checks files by it.
+"""Extracts, once, what VESSL's own package says about its run files into vessl_models.json beside this file; checks files by it.
 
     pip download --no-deps vessl && python tests/vessl_models.py vessl-VERSION-py3-none-any.whl
     python tests/vessl_models.py check docker/vessl.yaml
