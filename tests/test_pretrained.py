@@ -780,9 +780,8 @@ def test_settings_are_hashable_and_go_through_json():
 
 @pytest.mark.slow
 def test_the_published_135m_llama_on_real_text():
-    """Every position of three files. The limit that binds is float32 itself: on such text the logits of `transformers` are up to
-    0.8e-4 off their own float64, ours 1.2e-4 (with products in float64, 0.8e-4: it is the order of summation), and the two
-    up to 1.4e-4 from each other, where logits go to 42; experiments/pretrained has the figures."""
+    """Every position of three files. What binds is the rounding of `transformers`: its logits are up to 0.8e-4 off its own
+    float64 here, ours, whose products are exact sums, 0.3e-4; experiments/pretrained has more texts."""
     tokenizer = load_tokenizer(gguf_file())
     files = [Path(__file__).parent.parent / name for name in ("wmtp_jax/losses.py", "README.md", "wmtp_jax/cli.py")]
     tokens = np.stack([tokenizer.encode(path.read_text())[:192] for path in files])
@@ -791,8 +790,7 @@ def test_the_published_135m_llama_on_real_text():
     with torch.no_grad():
         theirs = model(torch.tensor(tokens).long()).logits.numpy()
         exact = model.double()(torch.tensor(tokens).long()).logits.numpy()
-    assert np.abs(ours - theirs).max() < 2e-4
-    assert np.abs(ours - theirs).mean() < 2e-5
-    assert np.abs(ours - exact).max() < 2 * np.abs(theirs - exact).max() + 2e-5
+    assert np.abs(ours - theirs).max() < 1e-4
+    assert np.abs(ours - exact).max() < 5e-5
     agree = ours.argmax(-1) == theirs.argmax(-1)
     assert agree.mean() > 0.999

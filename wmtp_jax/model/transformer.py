@@ -196,6 +196,7 @@ class Model(nnx.Module):
         """Every head's logits `[B, S, H, V]` in float32, for checks and small inputs: training never makes them.
 
         `tokens [B, S]` int; without `segment_ids` every row is one segment and every token is real. Compiled once a shape.
+        In float32, products are summed in float64 (CPU and CUDA), so that no other order of summation comes nearer to them.
         """
         tokens = jnp.asarray(tokens)
         if segment_ids is None:
@@ -204,7 +205,14 @@ class Model(nnx.Module):
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
             positions = segment_positions(segment_ids)
-        return _logits(*nnx.split(self), tokens, segment_ids, positions)
+        with jax.default_matmul_precision(_exact_products(self.settings)):
+            return _logits(*nnx.split(self), tokens, segment_ids, positions)
+
+
+def _exact_products(settings: ModelSettings) -> str | None:
+    """The precision under which float32 products are their exact sums, rounded once; None, as always, where a device has none."""
+    known = settings.compute_dtype == "float32" and jax.default_backend() in ("cpu", "gpu")
+    return "F64_F64_F64" if known else None
 
 
 @functools.partial(jax.jit, static_argnums=0)
