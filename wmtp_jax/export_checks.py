@@ -32,8 +32,8 @@ Tensors = dict[str, torch.Tensor]
 
 transformers.utils.logging.disable_progress_bar()
 
-# Rounding in float32, of the largest logit: for the 135M Llama 4e-6 in head 0, as far as `transformers` is from its float64, and 1.2e-5 after
-# three depths more. What is more than rounding but less than this is found by comparing bits.
+# Rounding in float32, of the largest logit: for the 135M Llama 4e-6 in head 0, as far as `transformers` is from its own float64,
+# and 1.2e-5 after three depths more. What is more than rounding but less than this is found by comparing bits.
 TOLERANCE, RELATIVE = 1e-4, 2e-5
 # What damaged files make the libraries raise.
 _UNREADABLE = (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError, pickle.UnpicklingError)

@@ -5,8 +5,8 @@ python -m wmtp_jax.score --config=configs/rho1_tokenskip.py --config.reference.p
 The scores are kept beside the tokens, keyed by model, tokenizer and data; a run with the same recipe picks them up and makes
 no forward pass of the reference. The same command goes on where it was interrupted.
 
---self_reference trains the reference on the very data first, and scores as any reference does: tokens are then ranked by the excess
-loss over a model that has seen them. Choosing by the reference's entropy as well (arXiv 2404.07965, appendix) is not done.
+--self_reference trains the reference on the very data first, and scores as any reference does: tokens are then ranked by the
+excess loss over a model that has seen them. Choosing by the reference's entropy as well (arXiv 2404.07965, appendix) is not done.
 """
 
 from __future__ import annotations
