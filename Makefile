@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Files of tests are shared among as many processes as there are cores, four at most: each holds programs of its own.
+PARALLEL = -n auto --maxprocesses=4 --dist=loadfile
+
 # Tests compile many small programs and run each once: without XLA's optimisations they compile five times as fast. The slow
 # tests compile as a user's run does.
 # The second flag is for jax 0.10: 0.12 doesn't know it, and XLA ends at a flag that it doesn't know.
@@ -19,7 +22,7 @@ quickstart: $(VENV)/.installed
 	  --config.weighting.algorithm=$(ALGO)
 
 test: $(VENV)/.installed-test
-	XLA_FLAGS="$(FAST_COMPILE)" $(BIN)/python -m pytest -m "not slow and not gpu and not mps" $(ARGS)
+	XLA_FLAGS="$(FAST_COMPILE)" $(BIN)/python -m pytest -m "not slow and not gpu and not mps" $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "slow and not gpu and not mps" $(ARGS)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import parity_table
+
 ACCELERATOR_MARKS = ("gpu", "mps")
 
 
@@ -34,6 +36,21 @@ def pytest_runtest_makereport(item, call):
             return
         report.outcome = "failed"
         report.longrepr = f"skipped under CI: {report.longrepr}"
+
+
+def pytest_sessionfinish(session):
+    """A process that ran a part of the tests hands its figures to the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["parity"] = parity_table.found()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    parity_table.take_in(*getattr(node, "workeroutput", {}).get("parity", ({}, {})))
+
+
+def pytest_terminal_summary(terminalreporter):
+    parity_table.write(terminalreporter)
 
 
 def pytest_collectreport(report):

@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.parity_table import DEVIATIONS, DIFFERENCES
+
 # Relative to max(1, |expected|) for elementwise functions, to the scale of the input for recurrences.
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6}
 RECURRENCE_TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
-
-# (function, backend, type) -> the largest deviation seen and its tolerance; conftest.py prints it.
-DEVIATIONS: dict[tuple[str, str, str], tuple[float, float]] = {}
-# The same for what torch and JAX are compared in directly, by a label.
-DIFFERENCES: dict[str, tuple[float, float]] = {}
 
 
 class JaxBackend:

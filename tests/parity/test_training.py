@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from backends import DIFFERENCES
 
 import wmtp_jax.train_step as in_jax
 import wmtp_torch.train_step as in_torch
+from tests.parity_table import DIFFERENCES
 from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.model import initial_parameters, nest
 from wmtp_jax.optimizer import make_optimizer
