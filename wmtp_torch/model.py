@@ -57,8 +57,7 @@ class Initial(NamedTuple):
 
 def rotary_tables(positions: Array, frequencies: Array, settings: ModelSettings) -> tuple[Array, Array]:
     """Cosines and sines of the rotary embedding (arXiv 2104.09864), `[B, S, C]`, both halves of C alike."""
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = torch.cat([positions[..., None].float() * frequencies] * 2, dim=-1)
     return torch.cos(angles) * settings.rope_attention_factor, torch.sin(angles) * settings.rope_attention_factor
 
 
@@ -236,16 +235,17 @@ class SequentialHead(nn.Module):
 
 
 class ValueHead(nn.Module):
-    """`[B, S, D] -> [B, S]` float32: D -> D/2 -> 1 with a GELU between."""
+    """`[B, S, D] -> [B, S]` float32: D -> D/2 -> 1 with a GELU between, on states of root mean square 1."""
 
     def __init__(self, settings: ModelSettings, *, initial: Initial):
         super().__init__()
-        width = settings.width
+        width, self.epsilon = settings.width, settings.norm_epsilon
         self.inner = Projection(width, width // 2, bias=True, scale=width**-0.5, initial=initial)
         self.outer = Projection(width // 2, 1, bias=True, scale=0.0, initial=initial)
 
     def forward(self, hidden: Array) -> Array:
-        return self.outer(F.gelu(self.inner(hidden.float()), approximate="tanh"))[..., 0]
+        inner = self.inner(F.rms_norm(hidden.float(), hidden.shape[-1:], eps=self.epsilon))
+        return self.outer(F.gelu(inner, approximate="tanh"))[..., 0]
 
 
 class Model(nn.Module):
