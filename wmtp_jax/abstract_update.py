@@ -95,7 +95,7 @@ def abstract_reference(config: ConfigDict, vocabulary_size: int) -> Reference:
 
 def _batch(config: ConfigDict, heads: int, rewards: bool, stored_losses: bool) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.train.batch_size, config.data.sequence_length)
-    shapes = {name: (shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
+    shapes: dict[str, tuple[tuple[int, ...], type]] = {name: (shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
     shapes |= {"targets": ((*shape, heads), np.int32), "mask": ((*shape, heads), np.bool_)}
     if rewards:
         shapes |= {"rewards": (shape, np.float32), "rewarded": (shape, np.bool_)}

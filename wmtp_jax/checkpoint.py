@@ -89,8 +89,9 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the lowest value of the best metric; None where no save was evaluated."""
-        scored = [c for c in self._checkpointer.checkpoints if c.metrics and self.best_metric in c.metrics]
-        return min(scored, key=lambda c: float(c.metrics[self.best_metric])).step if scored else None
+        evaluated: dict[int, Any] = {c.step: c.metrics or {} for c in self._checkpointer.checkpoints}
+        scored = [(float(found[self.best_metric]), step) for step, found in evaluated.items() if self.best_metric in found]
+        return min(scored)[1] if scored else None
 
     def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Copies the state and writes it in the background; waits for the save before this one first, and for an upload where
@@ -173,7 +174,7 @@ class Checkpoints:
             training = self._checkpointer.load(
                 step, jax.tree.map(_abstract, like_training), checkpointable_name="training"
             )
-        return TrainState(**{**training, "parameters": parameters})
+        return TrainState(**{**training, "parameters": parameters})  # pyrefly: ignore[invalid-argument]  # a dict, as it was saved
 
     def close(self) -> None:
         """Waits for the last save and frees the directory."""

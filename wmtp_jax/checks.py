@@ -72,4 +72,5 @@ def log_limits(low: float, high: float) -> tuple[float, float]:
     check_interval(0.0, math.inf, low=low, high=high)
     if low > high:
         raise ValueError(f"low must not exceed high, but {low} > {high}")
-    return tuple(math.log(limit) if limit > 0 else -math.inf for limit in (low, high))
+    lower, upper = (math.log(limit) if limit > 0 else -math.inf for limit in (low, high))
+    return lower, upper

@@ -163,7 +163,7 @@ def train_options() -> dict[str, Any]:
         if config.checkpoint.remote not in ("", workdir):
             raise UserError(f"--workdir={workdir} and config.checkpoint.remote = {config.checkpoint.remote!r}: give one of them")
         config.checkpoint.remote, workdir = join(workdir), "runs/" + join(workdir).rpartition("/")[2]
-    run_name = values.run_name or f"{recipe_name(values['config'].config_filename)}-{config.weighting.algorithm}"
+    run_name = values.run_name or f"{recipe_name(values['config'].config_filename)}-{config.weighting.algorithm}"  # pyrefly: ignore[missing-attribute]  # of its flag
     return {
         "config": config,
         "workdir": Path(workdir or f"runs/{run_name}"),

@@ -102,6 +102,7 @@ def _address(environment: Mapping[str, str], in_step: bool) -> str:
     for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", port)):
         if not value:
             raise UserError(f"{name} is not set: every process needs the address and a free port of the first one's host")
+    assert host and port
     if not port.isdigit() or not 0 < int(port) < 65_536:
         raise UserError(f"MASTER_PORT = {port!r}: must be a port, 1 to 65535")
     return f"[{host}]:{port}" if host.count(":") > 1 and not host.startswith("[") else f"{host}:{port}"
@@ -126,7 +127,7 @@ def listening_address(address: str) -> str:
     numeric = found.get(socket.AF_INET)
     if numeric is None:
         return f"[::]:{port}"
-    return f"{numeric if numeric.startswith('127.') else '0.0.0.0'}:{port}"
+    return f"{numeric if str(numeric).startswith('127.') else '0.0.0.0'}:{port}"
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -157,7 +158,7 @@ class Processes:
     """
 
     index, count = 0, 1
-    share = (0, 1)
+    share: tuple[int, int] = (0, 1)
     accumulation: int | None = None
 
     @property

@@ -27,7 +27,7 @@ def print_plan(stage: Stage, device: Placement) -> None:
         reference=abstract_reference(config, settings.vocabulary_size) if in_step else None,
         stored_losses=stage.has_losses,
     )
-    temporary = update.lowered.compile().memory_analysis().temp_size_in_bytes
+    temporary = update.lowered.compile().memory_analysis().temp_size_in_bytes  # pyrefly: ignore[missing-attribute]  # where it compiles, it tells
 
     def size(tree: object) -> str:
         return summary.human_bytes(bytes_on_a_device(tree))

@@ -299,6 +299,7 @@ def _windows(source: str, texts: dict[str, Any] | None, tokenizer: Tokenizer, se
             raise UserError(f"--data={source}: no such file; a source is python-stdlib, jsonl:PATH, text:GLOB or tfds:NAME")
         documents, name = everything(source, tokenizer), source
     else:
+        assert texts is not None  # `--data` is asked for where there is no run that held texts out
         documents = held_out(
             texts["sources"], texts["validation_fraction"], tokenizer, label_field=texts["label_field"]
         )
@@ -328,7 +329,7 @@ def _sampler(weights: Any, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Any:
         )  # fmt: skip
         did = got.statistics
         names = ("prompt_tokens", "new_tokens", "passes", "prefill_seconds", "decode_seconds")
-        return got.texts, got.reasons, {name: getattr(did, name) for name in names}
+        return got.texts or [], got.reasons, {name: getattr(did, name) for name in names}
 
     return sample
 

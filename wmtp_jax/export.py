@@ -267,7 +267,7 @@ def _write_model(
     about = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
     if config["model_type"] == "qwen2" and not about["tokenizer_class"].startswith("Qwen2Tokenizer"):
         # AutoTokenizer takes Qwen's own class for such a model, whatever tokenizer_config.json names, unless it names code.
-        changes = {"tokenizer_class": "TokenizersBackend"}
+        changes: dict[str, Any] = {"tokenizer_class": "TokenizersBackend"}
         changes["auto_map"] = {"AutoTokenizer": [None, "tokenization_wmtp.WmtpTokenizer"]}
         _write_json(directory / "tokenizer_config.json", about | changes)
         shutil.copyfile(_SHIPPED / "tokenization_wmtp.py", directory / "tokenization_wmtp.py")

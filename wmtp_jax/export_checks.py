@@ -194,7 +194,7 @@ def _plain_with_heads(directory: Path, tokens: torch.Tensor) -> _Read:
             case "linear":
                 logits.append(hidden @ tensors["weight"].T)
             case "block":
-                logits.append(model.lm_head(final_norm(_layer(model, base, tensors)(before_last))))
+                logits.append(model.lm_head(final_norm(_layer(model, base, tensors)(before_last))))  # pyrefly: ignore[not-callable]  # a module
             case _:
                 own = {name: tensors.pop(name) for name in list(tensors) if name.split(".")[0] in _JOINING}
                 norm = _norms(final_norm, own)
@@ -224,7 +224,7 @@ def _layer(
     model: transformers.PreTrainedModel, base: torch.nn.Module, tensors: Tensors
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """A decoder layer of the model's class with these tensors, all of them and no others."""
-    kind = type((base.layers if hasattr(base, "layers") else base.h)[-1])
+    kind = type((base.layers if hasattr(base, "layers") else base.h)[-1])  # pyrefly: ignore[bad-index]  # a ModuleList
     layer = kind(model.config, 0).eval()
     layer.load_state_dict(tensors)
 
@@ -232,7 +232,7 @@ def _layer(
         length = x.shape[1]
         positions = torch.arange(length)[None]
         mask = torch.full((length, length), -torch.inf).triu(1)[None, None]
-        extra = {"position_embeddings": base.rotary_emb(x, positions)} if hasattr(base, "rotary_emb") else {}
+        extra = {"position_embeddings": base.rotary_emb(x, positions)} if hasattr(base, "rotary_emb") else {}  # pyrefly: ignore[not-callable]  # a module
         return layer(x, attention_mask=mask, position_ids=positions, **extra)
 
     return run

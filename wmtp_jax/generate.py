@@ -81,7 +81,7 @@ class Generation(NamedTuple):
 
 def generate(
     model: Model | Unrolled | tuple[nnx.GraphDef, Parameters],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -201,7 +201,7 @@ def _refill(
     names: list[int | None],
 ) -> State:
     """Puts prompts that wait into the rows that hold none; prompts that are equal and come together are read once."""
-    slots, before = state.tokens.shape[1], None
+    slots, before, caches, tokens = state.tokens.shape[1], None, None, None
     for row in range(len(names)):
         if names[row] is not None or not waiting:
             continue

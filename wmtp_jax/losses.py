@@ -268,8 +268,8 @@ def _sharded_backward(chunk_size, residuals, cotangents):
     def local(hidden: Array, part: Array, targets: Array, *by_entry: Array) -> tuple[Array, Array]:
         states, whole_width, local_targets = _local(hidden, sharding.gather_width(part, axis=-2), targets)
         chunk, tile = tiling(len(states), whole_width.shape[1], chunk_size, accelerated=_accelerated())
-        by_entry = (values.reshape(len(states), -1).T for values in by_entry)
-        d_states, d_part = _gradients(states, whole_width, local_targets, *by_entry, chunk=chunk, tile=tile)
+        by_row = (values.reshape(len(states), -1).T for values in by_entry)
+        d_states, d_part = _gradients(states, whole_width, local_targets, *by_row, chunk=chunk, tile=tile)
         d_part = d_part.reshape(*part.shape[:-2], -1, part.shape[-1])
         return lax.psum(d_states.reshape(hidden.shape), "tensor"), sharding.reduce_gradient(d_part, axis=part.ndim - 2)
 

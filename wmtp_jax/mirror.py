@@ -392,7 +392,7 @@ def push(run: Path, address: str, copier: _Copier | None = None) -> None:
 
 def _tried(action: Callable[[], None], stopped: Callable[[], bool]) -> str:
     """Does it, again and again within bounds; why it failed the last time, or ""."""
-    wait = FIRST_WAIT
+    wait, told = FIRST_WAIT, ""
     for attempt in range(ATTEMPTS):
         try:
             action()

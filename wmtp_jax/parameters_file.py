@@ -134,12 +134,11 @@ def _open(path: Path) -> tuple[dict[str, StoredTensor], dict[str, Any], str, str
             ours = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
         text, checksum = ours["wmtp"], ours["crc32"]
         metadata = json.loads(text)
-        known = metadata["format"] == FORMAT and all(tensor.dtype == "F32" for tensor in tensors.values())
+        if metadata["format"] == FORMAT and all(tensor.dtype == "F32" for tensor in tensors.values()):
+            return tensors, metadata, text, checksum
     except (KeyError, TypeError, ValueError):
-        known = False
-    if not known:
-        raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT}), or its header is damaged")
-    return tensors, metadata, text, checksum
+        pass  # said below
+    raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT}), or its header is damaged")
 
 
 def _checksum(text: str, named: Mapping[str, Any], parts: list[np.ndarray]) -> str:

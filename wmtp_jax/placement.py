@@ -157,7 +157,7 @@ def choose_placement(name: str | None, config: ConfigDict) -> Placement:
 def _row_share(mesh: Mesh, rows: int) -> tuple[int, int]:
     """Which of how many equal parts of a batch's rows the devices of this process hold."""
     held = NamedSharding(mesh, sharding.spec(("batch",))).addressable_devices_indices_map((rows,))
-    parts = {index[0].indices(rows)[:2] for index in held.values()}
+    parts = {index[0].indices(rows)[:2] for index in held.values() if index is not None}
     start, stop = min(start for start, _ in parts), max(stop for _, stop in parts)
     size = stop - start
     if sum(stop - start for start, stop in parts) != size or rows % size or start % size:

@@ -187,14 +187,14 @@ def compile_plan(
         config, settings, mesh=mesh, steps=config.train.steps or 1, reference=reference, stored_losses=stored
     )
     # Machine code is not what is asked for: memory is assigned before it is made.
-    compiled = update.lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
+    compiled = update.lowered.compile(compiler_options={"xla_backend_optimization_level": 0})  # pyrefly: ignore[bad-assignment]  # XLA wants an int
     seconds = time.perf_counter() - start
     gradients = bytes_on_a_device(update.trained)
     memory = {
         "parameters": bytes_on_a_device(update.state.parameters),
         "gradients": gradients,
         "optimizer state": bytes_on_a_device(update.state.optimizer_state),
-        "activations, temporaries": max(0, compiled.memory_analysis().temp_size_in_bytes - gradients),
+        "activations, temporaries": max(0, compiled.memory_analysis().temp_size_in_bytes - gradients),  # pyrefly: ignore[missing-attribute]
         "batch": bytes_on_a_device(update.batch),
     }
     if reference is not None:
@@ -229,7 +229,7 @@ def _device(kind: str, count: int) -> costs.Device:
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
     # Memory at 10 GB/s for all: what one channel of a small machine gives. The peak is for float32, which counts half.
-    return costs.Device(memory, 10e9 / count, 10e9 / count, 10e9 / count, 2 * peak_flops(jax.devices()[0]) / count)
+    return costs.Device(memory, 10e9 / count, 10e9 / count, 10e9 / count, 2 * peak_flops(jax.devices()[0]) / count)  # pyrefly: ignore[unsupported-operation]  # of a CPU
 
 
 def _assumptions(settings: ModelSettings, device: costs.Device, kind: str) -> list[str]:

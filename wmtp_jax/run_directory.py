@@ -59,7 +59,7 @@ def locked(directory: Path, *, flag: str = "--workdir") -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UserError(f"{flag}={directory}: {error.strerror.lower()}; choose another directory") from error
+        raise UserError(f"{flag}={directory}: {error.strerror.lower()}; choose another directory") from error  # pyrefly: ignore[missing-attribute]
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -42,7 +42,7 @@ def score(config: ConfigDict, *, workdir: Path, self_reference: bool = False, de
 
 def main() -> None:
     values, config = flags.FLAGS, cli.config_from_flags()
-    name = cli.recipe_name(values["config"].config_filename)
+    name = cli.recipe_name(values["config"].config_filename)  # pyrefly: ignore[missing-attribute]  # of its flag
     workdir = Path(values.workdir or f"runs/{name}-scores")
     score(config, workdir=workdir, self_reference=values.self_reference, device=values.device)
 

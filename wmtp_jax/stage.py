@@ -82,6 +82,7 @@ class Stage:
         """The parameters that training starts from, one by one: the trunk's, adapters that change nothing yet, and the value
         head's. For stages with a `trunk`; `shapes` of the model's parameters by dotted name."""
         added = dict(fresh_adapters(shapes, self.config.train.seed)) | (self.value_head or {})
+        assert self.trunk is not None
         yield from self.trunk({name: shape for name, shape in shapes.items() if name not in added})
         yield from added.items()
 

@@ -89,7 +89,7 @@ def run_experiment(
 
     # ---- what was trained before: checked here, so that a mistake costs neither a directory nor an earlier run ---------
     critic = config.weighting.algorithm == "critic-wmtp"
-    reference = None
+    reference, trunk_key = None, ""
     if uses_reference(config) and config.reference.path:
         last = last.with_stored_losses(config.reference.path)
         if not last.has_losses:

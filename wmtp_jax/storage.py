@@ -231,7 +231,8 @@ def local_glob(pattern: str) -> str:
 def _local_glob(pattern: str) -> str:
     if not re.search(r"[*?[]", pattern):
         return str(local(pattern))
-    fixed, rest = re.fullmatch(r"([^*?[]*)/(.*)", pattern, re.DOTALL).groups()
+    fixed = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    rest = pattern[len(fixed) + 1 :]
     matching = re.compile(_regular_expression(rest))
     found = [stored for stored in listing(fixed) if matching.fullmatch(stored.name)]
     if not found:

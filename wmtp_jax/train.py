@@ -187,6 +187,7 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
         return stage.evaluate(lambda batch: sums(state.parameters, device.batch(batch), token_bytes), values)
 
     def inspect_state(state: TrainState) -> dict[str, Any]:
+        assert token_batch is not None
         batch, rows = device.padded(token_batch)
         found = inspect(state.parameters, batch, reference.parameters, state.step)
         return {**token_batch, **{name: values[:rows] for name, values in found.items()}}
@@ -239,7 +240,7 @@ def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
     state = _first_state(device, parameters, optimizer)
     update = _jit_update(device, step, state)
     sums = device.jit(
-        functools.partial(_value_sums, definition=definition, discount=critic.discount), out=device.whole
+        functools.partial(_value_sums, definition=definition, discount=critic.discount), out=device.whole  # pyrefly: ignore[missing-attribute]  # a stage of a critic
     )
 
     def evaluate_state(state: TrainState) -> dict[str, float]:

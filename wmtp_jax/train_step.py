@@ -63,7 +63,7 @@ def token_values(model: Model, shared: Array, *, train_trunk: bool = False) -> A
 
     `train_trunk` lets gradients pass into those states.
     """
-    return model.value_head(shared if train_trunk else jax.lax.stop_gradient(shared))
+    return model.value_head(shared if train_trunk else jax.lax.stop_gradient(shared))  # pyrefly: ignore[not-callable]  # where there are values
 
 
 def shared_states(model: Model, batch: Batch) -> Array:
@@ -211,7 +211,7 @@ def loss_and_gradients(
     value_and_grad = jax.value_and_grad(objective, has_aux=True)
     if accumulation == 1:
         (_, (sums, entries)), gradients = value_and_grad(trained, batch, None)
-        return WeightedLoss(*sums, gradients, *entries)
+        return WeightedLoss(*sums, gradients, *entries)  # pyrefly: ignore[bad-argument-count]  # two and two
 
     batches, whole = _parts(batch, accumulation)
     given = None
@@ -233,7 +233,7 @@ def loss_and_gradients(
     zero = jnp.zeros((), jnp.float32)
     start = ((zero, zero), jax.tree.map(jnp.zeros_like, trained))
     (sums, gradients), entries = jax.lax.scan(add, start, (batches, given))
-    return WeightedLoss(*sums, gradients, *jax.tree.map(whole, entries))
+    return WeightedLoss(*sums, gradients, *jax.tree.map(whole, entries))  # pyrefly: ignore[bad-argument-count]  # two and two
 
 
 def _parts(tree: Any, count: int) -> tuple[Any, Callable[[Array], Array]]:

@@ -94,7 +94,7 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, cotangent: Array, *_: Array) -> tuple[Array | None, ...]:  # pyrefly: ignore[bad-override]  # as torch calls it
-        gradients = _gradients(*ctx.saved_tensors, cotangent, needed=ctx.needs_input_grad[:2], **ctx.tiling)
+        gradients = _gradients(*ctx.saved_tensors, cotangent, needed=ctx.needs_input_grad[:2], **ctx.tiling)  # pyrefly: ignore[bad-argument-count]  # five saved
         return *gradients, None, None, None
 
 

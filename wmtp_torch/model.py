@@ -48,7 +48,7 @@ class Initial(NamedTuple):
 
     def normal(self, scale: float, *shape: int) -> nn.Parameter:
         parameter = self.full(0.0, *shape)
-        return nn.init.normal_(parameter, std=scale, generator=self.generator) if self.generator else parameter
+        return nn.init.normal_(parameter, std=scale, generator=self.generator) if self.generator else parameter  # pyrefly: ignore[bad-return]  # itself
 
     def full(self, value: float, *shape: int) -> nn.Parameter:
         device = "cpu" if self.generator else "meta"
@@ -148,7 +148,7 @@ class Attention(nn.Module):
     def forward(self, x: Array, context: Context) -> Array:
         query, key, value = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.query, self.key, self.value))
         if self.query_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+            query, key = self.query_norm(query), self.key_norm(key)  # pyrefly: ignore[not-callable]  # both or none
         if context.rotary is not None:
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         return self.output(attend(query, key, value, context.mask).flatten(-2))
@@ -344,8 +344,8 @@ class Model(nn.Module):
             case "linear":
                 groups = [(shared, unembedding[None])]
                 # A slice of everything would still cost a copy of its gradient.
-                heads = self.heads if count == self.settings.num_heads else self.heads[: count - 1]
-                return groups + [(shared, heads)] if count > 1 else groups
+                heads = self.heads if count == self.settings.num_heads else self.heads[: count - 1]  # pyrefly: ignore[bad-index, unsupported-operation]  # one tensor
+                return groups + [(shared, heads)] if count > 1 else groups  # pyrefly: ignore[bad-return]  # one tensor
             case "block":
                 blocks = [functools.partial(self._block, block) for block in unstack(self.heads)[:count]]
                 states = [_remat(block, "layer")(shared, context) for block in blocks]

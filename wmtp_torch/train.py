@@ -124,7 +124,7 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
 
     def inspect_state(state: TrainState) -> dict[str, Any]:
         entries = steps.inspect_tokens(model, _move(token_batch, device), state.step, **shared)
-        return {**token_batch, **{name: tensor.detach().cpu().numpy() for name, tensor in entries.items()}}
+        return {**token_batch, **{name: tensor.detach().cpu().numpy() for name, tensor in entries.items()}}  # pyrefly: ignore[invalid-argument]  # there is one
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     inspect = inspect_state if token_batch is not None else None

@@ -53,7 +53,7 @@ def token_values(model: Model, shared: Array, *, train_trunk: bool = False) -> A
 
     `train_trunk` lets gradients pass into those states.
     """
-    return model.value_head(shared if train_trunk else shared.detach())
+    return model.value_head(shared if train_trunk else shared.detach())  # pyrefly: ignore[not-callable]  # where there are values
 
 
 def shared_states(model: Model, batch: Batch) -> Array:

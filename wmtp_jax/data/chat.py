@@ -60,7 +60,7 @@ class Chat:
         with tempfile.TemporaryDirectory() as directory:
             self._tokenizer.save(directory)
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        return functools.partial(tokenizer.apply_chat_template, tokenize=False) if tokenizer.chat_template else None
+        return functools.partial(tokenizer.apply_chat_template, tokenize=False) if tokenizer.chat_template else None  # pyrefly: ignore[missing-attribute]
 
     def _render(self, messages: list[Message], where: str, *, reply_wanted: bool) -> str:
         if not messages:

@@ -11,6 +11,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 _COMPARISONS = {
     "<": ("<=", ">"), "<=": ("<", ">="), ">": (">=", "<"), ">=": (">", "<="), "==": ("!=",), "!=": ("==",),
@@ -147,10 +148,10 @@ class _Places:
         self.text = text
         self._lines = [0, *(match.end() for match in re.finditer(b"\n", text))]
 
-    def start(self, node: ast.AST) -> int:
+    def start(self, node: Any) -> int:
         return self._lines[node.lineno - 1] + node.col_offset
 
-    def end(self, node: ast.AST) -> int:
+    def end(self, node: Any) -> int:
         return self._lines[node.end_lineno - 1] + node.end_col_offset
 
     def __call__(self, node: ast.AST) -> tuple[int, int]:
@@ -201,7 +202,7 @@ def _other_variables(place: _Places, function: ast.AST) -> Iterator[Edit]:
     strings = {id(part) for node in ast.walk(function) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
     local = {node.arg if isinstance(node, ast.arg) else node.id for node in nodes if not _is_read(node)}
     for node in nodes:
-        if _is_read(node) and node.id in local and id(node) not in strings:
+        if isinstance(node, ast.Name) and _is_read(node) and node.id in local and id(node) not in strings:
             for other in sorted(local - {node.id}):
                 yield "variable", *place(node), other.encode()
 

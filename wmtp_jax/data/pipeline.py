@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -139,10 +140,8 @@ class Batches:
             return make_batch(_gather(parts, sources, rows), num_heads=num_heads)
 
         grain = _import_grain() if use_grain else None
-        if grain is None:
-            self._ahead = _ThreadPrefetch(batch_at, prefetch)
-        else:
-            self._ahead = _grain_prefetch(grain, batch_at, prefetch)
+        ahead = _ThreadPrefetch(batch_at, prefetch) if grain is None else _grain_prefetch(grain, batch_at, prefetch)
+        self._ahead: Any = ahead  # an iterator with `close`
 
     def __iter__(self) -> Batches:
         return self

@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -287,12 +287,12 @@ def _convert(directory: Path, name: str) -> dict[str, bytes]:
         reason = " ".join(str(error).split())
         raise UserError(f"config.data.tokenizer = {name!r}: transformers finds no tokenizer there: {reason}") from error
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)  # pyrefly: ignore[missing-attribute]  # there is one
         return _read_files(Path(scratch))
 
 
 def _end_of_text_id(files: dict[str, bytes], backend: tokenizers.Tokenizer, where: str) -> int:
-    def entry(name: str, key: str) -> object:
+    def entry(name: str, key: str) -> Any:
         return json.loads(files[name]).get(key) if name in files else None
 
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

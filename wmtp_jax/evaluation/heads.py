@@ -178,4 +178,5 @@ def _measure(
             each = (jnp.moveaxis(states, -2, 0), part)
             groups.append(jax.lax.map(lambda pair, u=unembedding: one_head(pair[0], u, pair[1]), each))
         start += len(part)
-    return tuple(jnp.moveaxis(jnp.concatenate(parts), 0, -1) for parts in zip(*groups, strict=True))
+    loss, rank, confidence = (jnp.moveaxis(jnp.concatenate(parts), 0, -1) for parts in zip(*groups, strict=True))
+    return loss, rank, confidence

@@ -241,7 +241,8 @@ class _Launch:
     """A running `sandbox_launcher`; leaving the context ends it and all that it started."""
 
     def __init__(self, request: dict, link: socket.socket | None = None):
-        told, self._control = os.pipe()
+        told, control = os.pipe()
+        self._control: int | None = control
         request |= {"control": told, "link": None if link is None else link.fileno()}
         # Appended, so that no module beside the launcher is taken for one of the standard library.
         start = f"import sys; sys.path.append({str(_HERE)!r}); import sandbox_launcher; sandbox_launcher.main()"
@@ -296,7 +297,7 @@ class _Launch:
         finally:
             self._process.kill()
             self._process.wait()
-            for stream in (self._process.stdout, self._process.stderr):
+            for stream in filter(None, (self._process.stdout, self._process.stderr)):
                 stream.close()
 
 
@@ -351,7 +352,7 @@ def _result(report: dict, timeout: float) -> ProgramResult:
 @functools.cache
 def _python() -> str:
     """Returns the interpreter behind a virtual environment: its own packages are not for the sandbox."""
-    return os.path.realpath(sys._base_executable)
+    return os.path.realpath(sys._base_executable)  # pyrefly: ignore[missing-attribute]  # CPython has it
 
 
 @functools.cache

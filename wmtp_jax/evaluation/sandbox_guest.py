@@ -313,7 +313,7 @@ if __name__ == "__main__":
         raise
     except BaseException as error:
         # As Python itself would, but without the frame of this file in the traceback.
-        error = error.with_traceback(error.__traceback__.tb_next)
+        error = error.with_traceback(error.__traceback__.tb_next)  # pyrefly: ignore[missing-attribute]  # it was raised
         sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(1) from None
     if role == "candidate":

@@ -166,7 +166,7 @@ class Model(nnx.Module):
         match self.settings.head_kind:
             case "linear":
                 groups = [(shared, unembedding[None])]
-                return groups + [(shared, self.heads[...][: count - 1])] if count > 1 else groups
+                return groups + [(shared, self.heads[...][: count - 1])] if count > 1 else groups  # pyrefly: ignore[unsupported-operation]
             case "block":
                 states = self._block_states(shared, context, count)
             case _:
@@ -178,7 +178,7 @@ class Model(nnx.Module):
 
         @jax.checkpoint
         def block(_: None, parameters: Any) -> tuple[None, Array]:
-            return None, self.final_norm(nnx.merge(definition, parameters)(shared, context))
+            return None, self.final_norm(nnx.merge(definition, parameters)(shared, context))  # pyrefly: ignore[not-callable]
 
         return jax.lax.scan(block, None, jax.tree.map(lambda leaf: leaf[:count], parameters))[1]
 
@@ -190,7 +190,7 @@ class Model(nnx.Module):
         @jax.checkpoint
         def depth(previous: Array, scanned: Any) -> tuple[Array, Array]:
             parameters, tokens = scanned
-            hidden = nnx.merge(definition, parameters)(previous, self.embed(tokens), context)
+            hidden = nnx.merge(definition, parameters)(previous, self.embed(tokens), context)  # pyrefly: ignore[not-callable]
             return hidden, hidden
 
         ahead = jnp.stack([_ahead(tokens, k) for k in range(1, count)])

@@ -52,17 +52,17 @@ def _gather(path: str, group: list[Tensor], shape: Shape, pool: ThreadPoolExecut
     stacked = path.startswith(("layers", "heads"))
     if stacked and len(group) != shape[0]:
         raise AssertionError(f"{path}: {len(group)} of {shape[0]} parts")
-    if not stacked:
-        [(name, make)] = group
-        array = make()
-        if array.flags.c_contiguous and array.ctypes.data % _ALIGNMENT == 0:
-            return array
-    whole = own_pages(shape)
     if stacked:
+        whole = own_pages(shape)
         # Reading, widening and transposing let go of the interpreter.
         list(pool.map(functools.partial(_fill, whole), itertools.count(), group))
-    else:
-        _copy(name, array, whole)
+        return whole
+    [(name, make)] = group
+    array = make()
+    if array.flags.c_contiguous and array.ctypes.data % _ALIGNMENT == 0:
+        return array
+    whole = own_pages(shape)
+    _copy(name, array, whole)
     return whole
 
 

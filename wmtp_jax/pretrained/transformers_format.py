@@ -147,7 +147,7 @@ def read_settings(where: Path, *, classifier: bool = False) -> tuple[str, ModelS
       UserError: names the file and the key: an architecture or a setting that is not reproduced exactly, or not a value.
     """
     config = read_json(where)
-    name = config.get("model_type")
+    name: Any = config.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise refuse(where, "model_type", name, f"supported are {', '.join(FAMILIES)}")

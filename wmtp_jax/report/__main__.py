@@ -26,7 +26,7 @@ def main(paths: list[str]) -> None:
     if not paths:
         raise UserError("no run is named: python -m wmtp_jax.report RUN [RUN ...]; see --help")
     for name in ("steps", "documents"):
-        if values[name].value < 1:
+        if values[name].value < 1:  # pyrefly: ignore[unsupported-operation]  # it has a default
             raise UserError(f"--{name}={values[name].value}: at least 1")
     if values.megabytes <= 0:
         raise UserError(f"--megabytes={values.megabytes}: more than 0")

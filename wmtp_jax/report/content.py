@@ -63,8 +63,8 @@ def page_content(
     pieces, steps = min(pieces, available), min(steps, most)
     cache: dict[tuple[int, int], dict[str, Packed]] = {}
     while True:
-        content["map"] = _map(files, documents.first(pieces), documents, steps, cache)
-        size = len(json.dumps(content["map"]))
+        drawn = _map(files, documents.first(pieces), documents, steps, cache)
+        size = len(json.dumps(drawn))
         if size <= limit or (steps <= 2 and pieces <= 1):
             break
         if steps > 2:
@@ -72,11 +72,11 @@ def page_content(
         else:
             pieces = max(1, min(pieces - 1, pieces * limit // size))
             cache.clear()
-    left = []
+    content, left = content | {"map": drawn}, []
     if pieces < available:
         left.append(f"{pieces} of {available} pieces of documents")
-    if len(content["map"]["steps"]) < len(kept):
-        left.append(f"{len(content['map']['steps'])} of {len(kept)} steps")
+    if len(drawn["steps"]) < len(kept):
+        left.append(f"{len(drawn['steps'])} of {len(kept)} steps")
     return content, ", ".join(left)
 
 

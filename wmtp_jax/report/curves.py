@@ -92,7 +92,7 @@ def curves_figure(rows: Sequence[Mapping[str, Any]], *, title: str = "", bigram:
         places.append((row, column))
         column += columns
     figure.set_figheight(0.5 + 2.4 * (row + 1))
-    grid = figure.add_gridspec(row + 1, wide) if drawn else None
+    grid = figure.add_gridspec(row + 1, max(wide, 1))
     for (columns, draw), (top, left) in zip(drawn, places, strict=True):
         draw(_style(figure.add_subplot(grid[top, left : left + columns]), columns))
     if title:
