@@ -296,6 +296,8 @@ def test_deepseek_layers_and_greedy_text(family, run, tmp_path, tokenizer):
             "hnorm.weight": named["heads.hidden_norm.scale"][k - 1],
             "shared_head.norm.weight": named["heads.output_norm.scale"][k - 1],
         })  # fmt: skip
+    back = dict(gather(open_pretrained(tmp_path / "mtp"), shapes_of(named), num_heads=3, head_kind="sequential"))
+    assert back.keys() == named.keys() and all(np.array_equal(back[name], named[name]) for name in named)
     prompt = tokenizer.encode("def total(items):\n")
     mine = generate(ours(settings, named), [prompt], max_new_tokens=256).tokens[0]
     assert len(mine) == 256 and len(set(mine.tolist())) > 20

@@ -59,6 +59,7 @@ _GPT2_OUTER = {
 # Heads beside the model, see `wmtp_jax.export`.
 HEADS_FILE, DESCRIPTION_FILE = "wmtp_heads.safetensors", "wmtp_heads.json"
 _JOINING = {"project": "eh_proj", "embedding_norm": "enorm", "hidden_norm": "hnorm", "output_norm": "post_norm"}
+_DEEPSEEK_JOINING = _JOINING | {"output_norm": "shared_head.norm"}
 
 # Settings of other architectures that scale or cap what ours does not, with the values under which they do nothing.
 _FOREIGN = {
@@ -107,12 +108,17 @@ def open_directory(directory: Path, *, classifier: bool = False) -> Published:
     name, settings = read_settings(where, classifier=classifier)
     family = FAMILIES[name]
     stored = _stored_tensors(directory)
-    description = directory / DESCRIPTION_FILE
-    if description.exists() and not classifier:
+    description, deeper = directory / DESCRIPTION_FILE, _has_deepseek_layers(read_json(where), family)
+    if deeper:
+        count = 1 + integer(read_json(where), "num_mtp_layers", where)
+        settings = dataclasses.replace(settings, num_heads=count, head_kind="sequential")
+    elif description.exists() and not classifier:
         settings, heads = _described_heads(description, name, settings)
         stored |= heads
     prefix = family.prefix if any(key.startswith(family.prefix) for key in stored) else ""
-    plan = {ours: _locate(ours, shape, family, prefix, settings) for ours, shape in published_shapes(settings).items()}
+    plan = {
+        ours: _locate(ours, shape, family, prefix, settings, deeper) for ours, shape in published_shapes(settings).items()
+    }
     if classifier:
         plan["score"] = _Place("score.weight", (1, settings.width), True, None)
     for ours, place in plan.items():
@@ -136,7 +142,7 @@ def open_directory(directory: Path, *, classifier: bool = False) -> Published:
         return array if place.columns is None else array[..., place.columns]
 
     weights = sorted({stored[place.name].path for place in plan.values()})
-    files = (where, *([description] if settings.num_heads > 1 else []), *weights)
+    files = (where, *([description] if settings.num_heads > 1 and not deeper else []), *weights)
     return Published(directory, name, settings, read, format="transformers", config=read_json(where), files=files)
 
 
@@ -170,7 +176,7 @@ class _Place:
     columns: slice | None
 
 
-def _locate(ours: str, shape: Shape, family: Family, prefix: str, settings: ModelSettings) -> _Place:
+def _locate(ours: str, shape: Shape, family: Family, prefix: str, settings: ModelSettings, deeper: bool) -> _Place:
     stack, _, rest = ours.partition(".")
     index, _, path = rest.partition(".")
     if stack not in ("layers", "heads"):
@@ -181,9 +187,12 @@ def _locate(ours: str, shape: Shape, family: Family, prefix: str, settings: Mode
         return _Place(f"{ours}.weight", shape[::-1], True, None)
     module, part = path.removeprefix("layer.").rsplit(".", 1)
     place = f"heads.{index}" if stack == "heads" else f"{prefix}{family.layers}.{index}"
+    if deeper and stack == "heads":
+        place = f"{prefix}{family.layers}.{settings.layers + int(index) - 1}"
     suffix = "bias" if part == "bias" else "weight"
     if module in _JOINING:
-        return _Place(f"{place}.{_JOINING[module]}.{suffix}", shape[::-1], part == "kernel", None)
+        joining = (_DEEPSEEK_JOINING if deeper else _JOINING)[module]
+        return _Place(f"{place}.{joining}.{suffix}", shape[::-1], part == "kernel", None)
     name = f"{place}.{family.layer[module]}.{suffix}"
     if family.layer[module] == "attn.c_attn":
         third = ("attention.query", "attention.key", "attention.value").index(module)
@@ -260,7 +269,9 @@ def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _check_architecture(config: Config, where: Path, family: Family, classifier: bool) -> None:
-    architectures = config.get("architectures") or []
+    architectures, custom = config.get("architectures") or [], config.get("auto_map") or {}
+    if not classifier and _has_deepseek_layers(config, family):
+        architectures = custom = []
     if classifier:
         if architectures != [family.classifier]:
             raise refuse(where, "architectures", architectures, f"a reward model is a {family.classifier}")
@@ -269,13 +280,20 @@ def _check_architecture(config: Config, where: Path, family: Family, classifier:
             raise refuse(where, "num_labels", labels, "a reward is one number")
     elif not isinstance(architectures, list) or any(name not in family.classes for name in architectures):
         raise refuse(where, "architectures", architectures, f"a language model is one of {', '.join(family.classes)}")
-    custom = config.get("auto_map") or {}
-    if not isinstance(custom, dict) or "AutoModelForCausalLM" in custom:
+    if custom and (not isinstance(custom, dict) or "AutoModelForCausalLM" in custom):
         raise refuse(where, "auto_map", custom, "code that comes with weights is not run")
     for key, neutral in _FOREIGN.items():
         value = config.get(key)
         if value is not None and value not in neutral:
             raise refuse(where, key, value, "models that use it are not reproduced exactly")
+
+
+def _has_deepseek_layers(config: Config, family: Family) -> bool:
+    """Whether it is what `export --to=hf-mtp` writes: `sequential` heads as further decoder layers. The class that it names is
+    known here, so that its code need not run."""
+    name = family.classes[0].replace("ForCausalLM", "MtpForCausalLM")
+    classes = config.get("architectures"), config.get("auto_map")
+    return classes == ([name], {"AutoModelForCausalLM": f"modeling_wmtp_mtp.{name}"})
 
 
 def _check_settings(settings: ModelSettings, where: Path) -> None:
