@@ -9,7 +9,8 @@ Reference: the published model itself; better one that was tuned on clean soluti
            --config.reference.path=RUN. Scored once, it costs a step nothing:
            python -m wmtp_jax.score --config=configs/smollm2_rho1_weighted.py --config.reference.path=RUN
 Hardware:  2 CPU cores, 4 GiB of memory
-Time and expected figure: not measured on a machine of its own yet
+Time:      about 7 minutes of CPU time
+Expected:  held out after 40 steps, head 0 1.208 as published, heads 1 to 3 from 12.7, 13.0, 13.7 to 7.8, 8.5, 8.9 nats a token
 """
 
 from ml_collections import ConfigDict
