@@ -790,6 +790,13 @@ TEST_FORGERIES = {
         os.write(5, b'["ok", ["eval", "1"], 1]\\n' + b"[" * 100000)
         def f(x): return 0
     """,
+    "answers with bytes that are no text": """
+        import os
+        for descriptor in range(256):
+            try: os.write(descriptor, bytes(range(256)) * 8 + bytes([10]))
+            except OSError: pass
+        def f(x): return 123456789
+    """,
     "names a class to call": """
         import os
         os.write(5, b'["error", "exit", "0"]\\n["error", "print", "0"]\\n["error", "__import__", "os"]\\n')
@@ -816,6 +823,16 @@ def test_forgery_of_tests(name):
         result = run_tests(candidate, tests, timeout_seconds=5)
         assert result.status == ("passed" if name == "honest" else "failed"), result
     assert children() <= before
+
+
+def test_what_is_no_answer_can_not_be_taken_for_an_error_of_the_candidate():
+    """A test that wants a ValueError gets an EOFError, whatever was written to the link."""
+    tests = "try: f(1)\nexcept ValueError: pass\nelse: raise AssertionError"
+    for written in (b"\xff\xfe\x00", b"{", b"[]", b'["ok", ["int", "x"], null]', b'["ok", 0, [1, 2]]', b"[" * 9999):
+        candidate = f"import os\ndef f(x):\n    os.write(5, {written!r} + bytes([10]))\n    return x"
+        result = run_tests(candidate, tests, timeout_seconds=5)
+        assert result.status == "failed" and "EOFError: the candidate's process wrote what is no answer" in result.stderr
+    assert run_tests("def f(x): raise ValueError", tests).status == "passed"
 
 
 # Lesser protections, where this machine can show them
