@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from wmtp_jax.model.cached import Array, Caches, Unrolled, draft, empty_caches, fill, read, unembed
+from wmtp_jax.model.cached import Array, Caches, Unrolled, draft, empty_caches, fill, put_row, read, unembed
 from wmtp_jax.sampling import Randomness, Sampling, Scalar, choose, likeliest, probabilities
 
 
@@ -47,7 +47,7 @@ class State(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("rows", "slots", "sampled"))
 def empty_state(weights: Unrolled, *, rows: int, slots: int, sampled: bool) -> State:
     """Rows without a prompt, none of them active; `sampled` says whether drafts will be."""
-    drafts = len(weights.heads)
+    drafts = weights.drafts
     q = jnp.zeros((rows, drafts, weights.settings.vocabulary_size), jnp.float32) if drafts and sampled else None
     zeros = jnp.zeros(rows, jnp.int32)
     return State(
@@ -99,7 +99,7 @@ def insert(
         active=scalar(True, state.active),
         name=scalar(name, state.name),
         passes=scalar(0, state.passes),
-        caches=jax.tree.map(put, state.caches, caches),
+        caches=put_row(state.caches, caches, row),
         # No head has drafted yet: what lies after the prompt counts as drafts of token 0, and is judged as such.
         draft_probabilities=q if q is None else put(q, jnp.zeros_like(q[:1]).at[:, :, 0].set(1)),
     )
@@ -139,10 +139,8 @@ def decode(
     return jax.lax.while_loop(go_on, one_pass, (jnp.int32(0), state))[1]
 
 
-def _one_pass(
-    weights: Unrolled, state: State, sampling: Sampling | None, key: Array, stop_tokens: Array
-) -> State:
-    width = len(weights.heads) + 1
+def _one_pass(weights: Unrolled, state: State, sampling: Sampling | None, key: Array, stop_tokens: Array) -> State:
+    width = weights.drafts + 1
     rows, start = jnp.arange(len(state.tokens))[:, None], state.length - 1
     places = start[:, None] + jnp.arange(width)
     randomness = Randomness(key, state.name)
@@ -160,7 +158,7 @@ def _one_pass(
     tokens = state.tokens.at[rows, places + 1].set(chosen)
 
     q = state.draft_probabilities
-    if weights.heads:
+    if weights.drafts:
         drawn = []
 
         def pick(logits: Array, k: int) -> Array:

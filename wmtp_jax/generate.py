@@ -139,7 +139,7 @@ def generate(
     stops = tuple(stop.encode() for stop in stop_strings)
     # The last token is not read, so that it may lie past the learned positions.
     limits = [min(len(prompt) + max_new_tokens, positions + 1) for prompt in prompts]
-    rows, slots = min(batch_size, _round_up(len(prompts))), _slots(prompts, limits, len(weights.heads) + 1)
+    rows, slots = min(batch_size, _round_up(len(prompts))), _slots(prompts, limits, weights.drafts + 1)
     state = empty_state(weights, rows=rows, slots=slots, sampled=sampling is not None)
 
     # Taken from the end: the longest first, so that little is left when rows begin to run dry; equal ones side by side.
@@ -220,7 +220,7 @@ def _refill(
 def _weights(model: Model | Unrolled, *, drafting: bool) -> Unrolled:
     if isinstance(model, Model):
         return unroll(model, drafting=drafting)
-    if drafting and not model.heads:
+    if drafting and not model.drafts:
         raise ValueError("the model was unrolled without its drafting heads")
     return model if drafting else dataclasses.replace(model, heads=())
 

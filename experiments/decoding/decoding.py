@@ -4,7 +4,8 @@ Commands, each on its own:
   python experiments/decoding/decoding.py transformers WEIGHTS.gguf [--pairs 5] [--new 64]
   python experiments/decoding/decoding.py grid MODEL [--new 64]
   python experiments/decoding/decoding.py speculative RUN [--pairs 5] [--new 192]
-  python experiments/decoding/decoding.py memorised [--pairs 5]
+  python experiments/decoding/decoding.py memorised [--pairs 5] [--layers 2] [--width 128] [--kinds linear,block,sequential]
+  python experiments/decoding/decoding.py products
 
 MODEL is a run directory or published weights; RUN a run directory, whose tokenizer cuts this project's own source into prompts.
 """
@@ -37,10 +38,13 @@ SOURCE = Path(__file__).parents[2] / "wmtp_jax"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("transformers", "grid", "speculative", "memorised"))
+    parser.add_argument("what", choices=("transformers", "grid", "speculative", "memorised", "products"))
     parser.add_argument("path", nargs="?")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--new", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--kinds", default="linear,block,sequential")
     arguments = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     match arguments.what:
@@ -50,8 +54,11 @@ def main() -> None:
             grid(open_model(arguments.path), new=arguments.new or 64)
         case "speculative":
             speculative(arguments.path, pairs=arguments.pairs, new=arguments.new or 192)
+        case "products":
+            products()
         case "memorised":
-            memorised(pairs=arguments.pairs)
+            for kind in arguments.kinds.split(","):
+                memorised(kind, pairs=arguments.pairs, layers=arguments.layers, width=arguments.width)
 
 
 # ---- beside transformers ---------------------------------------------------------------------------------------------
@@ -135,7 +142,7 @@ def open_model(path: str, *, drafting: bool = True) -> Unrolled:
 
 def grid(weights: Unrolled, *, new: int) -> None:
     """Latency to the first token, ms, and tokens/s of the whole call; medians of 3 after a first call that compiles."""
-    kinds = [False, True] if weights.heads else [False]
+    kinds = [False, True] if weights.drafts else [False]
     print(f"{'rows':>5}{'prompt':>8}{'first token, ms':>17}" + "".join(f"{name:>20}" for name in ("tokens/s", "speculative")))
     for rows in (1, 4, 16):
         for length in (16, 128, 512):
@@ -171,26 +178,53 @@ def speculative(path: str, *, pairs: int, new: int) -> None:
             compare(f"temperature {temperature}, {rows} rows", weights, prompts, new, temperature, rows=rows, pairs=pairs)
 
 
-def memorised(*, pairs: int) -> None:
-    """A model of the quickstart's size that knows one text of 256 random tokens by heart, so that nearly all drafts are right."""
-    for kind in ("linear", "block", "sequential"):
-        settings = ModelSettings(
-            vocabulary_size=1024, width=128, layers=2, attention_heads=4, kv_heads=4, head_dim=32, mlp_width=352,
-            max_positions=256, num_heads=4, head_kind=kind,
-        )  # fmt: skip
-        text = np.random.default_rng(0).integers(0, 1024, (1, 256), dtype=np.int32)
-        batch = make_batch({"tokens": text, "segment_ids": np.ones_like(text)}, num_heads=4)
-        definition, parameters = initial_parameters(settings, 0)
-        optimizer = optax.adamw(2e-3)
-        state = initial_state(parameters, optimizer)
-        step = jax.jit(functools.partial(train_step, definition=definition, optimizer=optimizer, settings=Weighting()))
-        batch = {name: jnp.asarray(value) for name, value in batch.items()}
-        for _ in range(300):
-            state, metrics = step(state, batch, None)
-        weights = unroll(merge(definition, state.parameters), drafting=True)
-        right = np.array_equal(generate(weights, [text[0, :8]], max_new_tokens=240).tokens[0], text[0, 8:248])
-        print(f"{kind}: loss {float(metrics.loss):.4f}, the text is reproduced: {right}")
-        compare(f"{kind}, greedy, 1 row", weights, [text[0, :8]], 240, 0.0, rows=1, pairs=pairs)
+def memorised(kind: str, *, pairs: int, layers: int, width: int) -> None:
+    """A model that knows one text of 256 random tokens by heart, so that nearly all drafts are right."""
+    settings = ModelSettings(
+        vocabulary_size=1024, width=width, layers=layers, attention_heads=width // 32, kv_heads=width // 32, head_dim=32,
+        mlp_width=width * 11 // 4, max_positions=256, num_heads=4, head_kind=kind,
+    )  # fmt: skip
+    text = np.random.default_rng(0).integers(0, 1024, (1, 256), dtype=np.int32)
+    batch = make_batch({"tokens": text, "segment_ids": np.ones_like(text)}, num_heads=4)
+    definition, parameters = initial_parameters(settings, 0)
+    optimizer = optax.adamw(0.256 / width)
+    state = initial_state(parameters, optimizer)
+    step = jax.jit(functools.partial(train_step, definition=definition, optimizer=optimizer, settings=Weighting()))
+    batch = {name: jnp.asarray(value) for name, value in batch.items()}
+    steps, loss = 0, np.inf
+    while loss > 0.01 and steps < 300:
+        state, metrics = step(state, batch, None)
+        steps, loss = steps + 1, float(metrics.loss)
+    weights = unroll(merge(definition, state.parameters), drafting=True)
+    right = np.array_equal(generate(weights, [text[0, :8]], max_new_tokens=240).tokens[0], text[0, 8:248])
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+    print(f"{kind}, {layers} layers of width {width}, {count / 1e6:.2f}M parameters: loss {loss:.4f} after {steps} steps, "
+          f"the text is reproduced: {right}", flush=True)  # fmt: skip
+    compare(f"{kind}, greedy, 1 row", weights, [text[0, :8]], 240, 0.0, rows=1, pairs=pairs)
+
+
+def products() -> None:
+    """What reading four tokens costs beside reading one: products of 1 and 4 rows with the matrices of a layer's mlp."""
+    for width in (128, 256, 512):
+        wide = width * 11 // 4
+        up, down = (jnp.full(shape, 1 / wide, jnp.float32) for shape in ((width, wide), (wide, width)))
+        count = 10_000_000 // (width * wide)
+
+        @jax.jit
+        def chain(x, up, down, count=count):
+            return jax.lax.fori_loop(0, count, lambda _, x: (x @ up) @ down, x)
+
+        times: dict[int, list[float]] = {1: [], 4: []}
+        for repeat in range(-1, 21):  # the first compiles
+            for rows in times:
+                began = time.perf_counter()
+                chain(jnp.ones((rows, width)), up, down).block_until_ready()
+                if repeat >= 0:
+                    times[rows].append((time.perf_counter() - began) / count / 2)
+        one, four = (1e6 * statistics.median(column) for column in times.values())
+        ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
+        print(f"{width} x {wide}, {4 * width * wide / 1e6:.2f} MB: {one:.1f} us with 1 row, {four:.1f} with 4, ratio {ratio:.2f}",
+              flush=True)  # fmt: skip
 
 
 def compare(name: str, weights: Unrolled, prompts, new: int, temperature: float, *, rows: int, pairs: int) -> None:

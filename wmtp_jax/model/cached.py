@@ -45,9 +45,18 @@ class Unrolled:
     unembedding: Array | None
     heads: tuple[Array, ...] | tuple[Layer, ...] | tuple[SequentialHead, ...]
 
+    @property
+    def drafts(self) -> int:
+        """Tokens drafted a pass."""
+        return len(self.heads)
+
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, `[B, K, T, C]`."""
+    """Keys `[B K, C, T]` and values `[B K, T, C]` of one layer, C being a head's size.
+
+    They are held as the products of attention read them: XLA on a CPU would copy a cache for every token to transpose it,
+    and four times to join its first two axes.
+    """
 
     key: Array
     value: Array
@@ -80,8 +89,8 @@ def unroll(model: Model, *, drafting: bool) -> Unrolled:
     if s.head_kind == "block":
         first, *rest = _pieces(model.heads, s.compute_dtype)
         layers, heads = (*layers, first), tuple(rest)
-    elif model.heads is not None:
-        heads = _pieces(model.heads, s.compute_dtype) if drafting else ()
+    elif drafting:
+        heads = _pieces(model.heads, s.compute_dtype)
 
     def narrow(parameter: nnx.Param) -> Array:
         return parameter[...].astype(s.compute_dtype)
@@ -102,12 +111,21 @@ def empty_caches(weights: Unrolled, *, rows: int, slots: int) -> Caches:
     s = weights.settings
 
     def cache() -> Cache:
-        shape = (rows, s.kv_heads, slots, s.head_dim)
-        return Cache(jnp.zeros(shape, s.compute_dtype), jnp.zeros(shape, s.compute_dtype))
+        shape = (rows * s.kv_heads, s.head_dim, slots)
+        return Cache(jnp.zeros(shape, s.compute_dtype), jnp.zeros(shape, s.compute_dtype).swapaxes(1, 2))
 
     layered = weights.heads if s.head_kind != "linear" else ()
     hidden = jnp.zeros((rows, slots, s.width), s.compute_dtype) if layered and s.head_kind == "sequential" else None
     return Caches(tuple(cache() for _ in weights.layers), tuple(cache() for _ in layered), hidden)
+
+
+def put_row(caches: Caches, row: Caches, index: Array | int) -> Caches:
+    """Puts the caches of one row in place of row `index`."""
+
+    def put(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, index * len(new), axis=0)
+
+    return jax.tree.map(put, caches, row)
 
 
 def read(weights: Unrolled, caches: Caches, tokens: Array, start: Array) -> tuple[Array, Array, Caches]:
@@ -145,14 +163,16 @@ def fill(weights: Unrolled, caches: Caches, tokens: Array, shared: Array, start:
       shared: from `read`.
       start: `[B]`, the first position of `shared`.
     """
-    match weights.settings.head_kind if weights.heads else "none":
+    match weights.settings.head_kind if weights.drafts else "none":
         case "block":
             at = _Places.of(weights.settings, start, shared.shape[1])
             pairs = zip(weights.heads, caches.heads, strict=True)
             return caches._replace(heads=tuple(_layer(layer, shared, at, cache)[1] for layer, cache in pairs))
         case "sequential":
             caches = caches._replace(hidden=_write(caches.hidden, shared, start))
-            return _depths(weights, caches, tokens, shared, start, lambda k, states, tokens: tokens)[1]
+            return _depths(
+                weights, caches, tokens, shared, start, jnp.zeros_like(start), lambda k, states, tokens: tokens
+            )[1]
     return caches
 
 
@@ -193,15 +213,14 @@ def draft(
             drafts = pick(unembed(weights, weights.final_norm(jnp.concatenate(states, axis=1))), 1)
             return _write(tokens, drafts, length), caches._replace(heads=renewed)
     caches = caches._replace(hidden=_write(caches.hidden, shared, start))
-    width = 2 * len(weights.heads)
+    width = 2 * weights.drafts
     start = jnp.clip(length - 1 - width, 0)
 
     def next_draft(k: int, states: Array, tokens: Array) -> Array:
-        picked = pick(unembed(weights, _at(states, length - 2 - start)), k)
-        return _write(tokens, picked, length - 1 + k)
+        return _write(tokens, pick(unembed(weights, states), k), length - 1 + k)
 
     hidden = _slice(caches.hidden, start, width)
-    return _depths(weights, caches, tokens, hidden, start, next_draft)
+    return _depths(weights, caches, tokens, hidden, start, length - 2 - start, next_draft)
 
 
 # ---- pieces of the above ---------------------------------------------------------------------------------------------
@@ -219,13 +238,11 @@ class _Places(NamedTuple):
         return cls(positions, rotary_tables(positions, settings) if settings.positions == "rope" else None)
 
 
-def _layer(
-    layer: Layer, x: Array, at: _Places, cache: Cache, *, only: Array | None = None
-) -> tuple[Array, Cache]:
+def _layer(layer: Layer, x: Array, at: _Places, cache: Cache, *, only: Array | None = None) -> tuple[Array, Cache]:
     """A layer's states at `x [B, C, D]`, or at one index `only [B]` of C, `[B, 1, D]`; every index goes into the cache."""
     query, key, value = layer.attention.project(layer.attention_norm(x), at.rotary)
     start, positions = at.positions[:, 0], at.positions
-    cache = Cache(_write_heads(cache.key, key, start), _write_heads(cache.value, value, start))
+    cache = Cache(_write_keys(cache.key, key, start), _write_values(cache.value, value, start))
     if only is not None:
         x, query, positions = (_at(array, only) for array in (x, query, positions))
     x = x + layer.attention.output(_attend(query, cache, positions).reshape(*x.shape[:2], -1))
@@ -235,15 +252,14 @@ def _layer(
 def _attend(query: Array, cache: Cache, positions: Array) -> Array:
     """`layers.attend` over cached keys and values: `[B, C, N, size] -> [B, C, N, size]`."""
     rows, count, heads, size = query.shape
-    groups = cache.key.shape[1]
+    groups = cache.key.shape[0] // rows
     query = (query * size**-0.5).reshape(rows, count, groups, -1, size).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(rows, groups, -1, size)
-    scores = jnp.matmul(query, cache.key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
-    seen = jnp.arange(cache.key.shape[2]) <= positions[:, :, None]
-    seen = jnp.tile(seen, (1, heads // groups, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1).astype(cache.value.dtype)
-    mixed = jnp.matmul(weights, cache.value).reshape(rows, groups, -1, count, size)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, count, heads, size)
+    scores = jnp.matmul(query.reshape(rows * groups, -1, size), cache.key, preferred_element_type=jnp.float32)
+    seen = (jnp.arange(scores.shape[-1]) <= positions[:, :, None])[:, None, None]
+    scores = jnp.where(seen, scores.reshape(rows, groups, -1, count, scores.shape[-1]), -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(cache.value.dtype)
+    mixed = jnp.matmul(weights.reshape(rows * groups, -1, weights.shape[-1]), cache.value)
+    return mixed.reshape(rows, groups, -1, count, size).transpose(0, 3, 1, 2, 4).reshape(rows, count, heads, size)
 
 
 def _depths(
@@ -252,16 +268,22 @@ def _depths(
     tokens: Array,
     states: Array,
     start: Array,
+    only: Array,
     after: Callable[[int, Array, Array], Array],
 ) -> tuple[Array, Caches]:
-    """The depths of `sequential` heads over `states [B, C, D]`; `after(k, states, tokens)` may add tokens for the next."""
+    """The depths of `sequential` heads over `states [B, C, D]`.
+
+    `after(k, states, tokens)` may add tokens for the next; it gets depth k's states at one index `only [B]` of C, `[B, 1, D]`.
+    """
     at = _Places.of(weights.settings, start, states.shape[1])
     renewed = []
     for k, (head, cache) in enumerate(zip(weights.heads, caches.heads, strict=True), start=1):
         ahead = _slice(tokens, start + k, states.shape[1])
-        states, cache = _layer(head.layer, head.join(states, _embed(weights, ahead)), at, cache)
+        last = k == weights.drafts
+        joined = head.join(states, _embed(weights, ahead))
+        states, cache = _layer(head.layer, joined, at, cache, only=only if last else None)
         states = head.output_norm(states)
-        tokens = after(k, states, tokens)
+        tokens = after(k, states if last else _at(states, only), tokens)
         renewed.append(cache)
     return tokens, caches._replace(heads=tuple(renewed))
 
@@ -306,11 +328,24 @@ def _write(array: Array, new: Array, start: Array) -> Array:
     return array.at[_rows(array), _range(start, new.shape[1])].set(new, mode="drop", unique_indices=True)
 
 
-def _write_heads(array: Array, new: Array, start: Array) -> Array:
-    """Puts `new [B, C, K, size]` into `array [B, K, T, size]` from `start [B]` on."""
-    if len(array) == 1:
-        return jax.lax.dynamic_update_slice_in_dim(array, new.swapaxes(1, 2), start[0], axis=2)
-    return array.at[_rows(array), :, _range(start, new.shape[1])].set(new, mode="drop", unique_indices=True)
+def _write_values(array: Array, new: Array, start: Array) -> Array:
+    """Puts `new [B, C, K, size]` into `array [B K, T, size]` from `start [B]` on."""
+    rows, count, groups, size = new.shape
+    if rows == 1:
+        return jax.lax.dynamic_update_slice_in_dim(array, new[0].swapaxes(0, 1), start[0], axis=1)
+    apart = array.reshape(rows, groups, -1, size)
+    apart = apart.at[_rows(apart), :, _range(start, count)].set(new, mode="drop", unique_indices=True)
+    return apart.reshape(array.shape)
+
+
+def _write_keys(array: Array, new: Array, start: Array) -> Array:
+    """Puts `new [B, C, K, size]` into `array [B K, size, T]` from `start [B]` on."""
+    rows, count, groups, size = new.shape
+    if rows == 1:
+        return jax.lax.dynamic_update_slice_in_dim(array, new[0].transpose(1, 2, 0), start[0], axis=2)
+    apart = array.reshape(rows, groups, size, -1)
+    apart = apart.at[_rows(apart), :, :, _range(start, count)].set(new, mode="drop", unique_indices=True)
+    return apart.reshape(array.shape)
 
 
 def _pieces(stacked: Any, dtype: str) -> tuple[Any, ...]:
