@@ -27,9 +27,9 @@ ROWS, LENGTH, HEADS, VOCABULARY, WIDTH = 8, 16, 3, 96, 32
 CASES = [
     ("linear", "rho1-tokenskip", [((2, 1, 1, 1), 1), ((1, 2, 2, 1), 1), ((8, 1, 1, 1), 1), ((1, 8, 1, 1), 1),
                                   ((1, 1, 2, 4), 1), ((2, 2, 2, 1), 2)]),
-    ("block", "critic-wmtp", [((2, 1, 2, 2), 1)]),
+    ("block", "critic-wmtp", [((2, 1, 2, 2), 2)]),
     ("sequential", "rho1-weighted", [((1, 2, 2, 2), 1)]),
-    ("linear", "baseline-mtp", [((4, 1, 2, 1), 1)]),
+    ("linear", "baseline-mtp", [((4, 1, 2, 1), 2)]),
 ]  # fmt: skip
 
 

@@ -100,6 +100,9 @@ WRONG = {
     "train__epochs": 1.0,  # and steps
     "train__steps": 0,  # and no epochs
     "train__log_every": 0,
+    "train__profile": (3, 2),
+    "train__profile ": (0, 2),
+    "train__profile  ": (1,),
     "optimizer__name": "sgd",
     "optimizer__schedule": "step",
     "optimizer__learning_rate": -1.0,

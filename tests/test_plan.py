@@ -54,10 +54,12 @@ def test_one_device_sends_nothing():
     assert costs.collectives(work({})) == []
 
 
-def test_rows_alone_reduce_every_gradient_once_a_micro_batch():
+def test_rows_alone_reduce_every_gradient_once_an_update():
     # A ring over 4: twice three quarters of 1,040 numbers of 4 bytes.
     assert sent(work({"data": 4})) == {("all-reduce", "gradients"): 2 * 3 / 4 * 1040 * 4}
-    assert sent(work({"data": 4}, accumulation=2)) == {("all-reduce", "gradients"): 2 * 2 * 3 / 4 * 1040 * 4}
+    assert sent(work({"data": 4}, accumulation=2)) == {("all-reduce", "gradients"): 2 * 3 / 4 * 1040 * 4}
+    # What splits positions has to be summed in every micro-batch.
+    assert sent(work({"sequence": 4}, accumulation=2))["all-reduce", "gradients"] == 2 * 2 * 3 / 4 * 1040 * 4
 
 
 def test_split_parameters_are_gathered_twice_and_reduced_once():
@@ -77,6 +79,7 @@ def test_heads_and_hidden_units_in_parts_sum_the_states_of_every_layer():
 
 
 def test_the_collectives_of_the_formula_are_those_that_are_compiled():
+    """Of two micro-batches on 4 devices that split rows: every gradient once, after the loop over them."""
     script = (
         "import jax; jax.config.update('jax_num_cpu_devices', 4)\n"
         "from tests.planned_memory import recipe\n"
@@ -84,6 +87,7 @@ def test_the_collectives_of_the_formula_are_those_that_are_compiled():
         "from wmtp_jax.abstract_update import lower_update\n"
         "from wmtp_jax.experiment import model_settings\n"
         "c = recipe(4); c.data.vocabulary_size = 64; c.model.width = 32; c.model.layers = 1; c.model.attention_heads = 2\n"
+        "c.train.accumulation = 2\n"
         "s = model_settings(c.model, 64, 256)\n"
         "mesh = sharding.make_mesh({'data': 4, 'fsdp': 1, 'tensor': 1, 'sequence': 1})\n"
         "u = lower_update(c, s, mesh=mesh, steps=1, reference=None, stored_losses=False)\n"
@@ -93,15 +97,19 @@ def test_the_collectives_of_the_formula_are_those_that_are_compiled():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     parameters, _, text = done.stdout.partition("\n")
-    reduced = 0
+    reduced, computation = {"ENTRY": 0}, ""
     for line in text.splitlines():
+        if line and not line[0].isspace():
+            computation = line.split()[0]
         head, operation, rest = line.partition(" all-reduce(")
         if operation and "replica_groups={{0},{1}" not in rest:  # alone in its group: nothing is sent
             shapes = re.findall(r"f32\[([\d,]*)\]", head)
-            reduced += sum(math.prod(int(size) for size in shape.split(",") if size) for shape in shapes)
+            numbers = sum(math.prod(int(size) for size in shape.split(",") if size) for shape in shapes)
+            reduced[computation] = reduced.get(computation, 0) + numbers
     assert not re.search(r" (all-gather|all-to-all|collective-permute)\(", text)
-    # Every gradient once; beside them some sums over the batch.
-    assert int(parameters) <= reduced <= 1.02 * int(parameters) + 200
+    # Beside the gradients, some sums over the batch.
+    assert int(parameters) <= reduced.pop("ENTRY") <= 1.02 * int(parameters) + 200
+    assert sum(reduced.values()) <= 200, reduced
 
 
 @pytest.mark.parametrize("axis", ["fsdp", "fsdp and tensor"])

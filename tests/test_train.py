@@ -174,9 +174,15 @@ def test_a_non_finite_loss_stops_and_explains(tiny, tmp_path):
 def test_early_stopping_ends_the_run_and_stays_ended(tiny, tmp_path):
     config = tiny(
         weighting__algorithm="baseline-mtp", optimizer__learning_rate=1e-30, eval__stop_metric="eval/bits_per_byte",
-        eval__every=1, eval__patience=2, train__log_every=3,
+        eval__every=1, eval__patience=2, train__log_every=3, train__profile=(2, 3),
     )  # fmt: skip
     train(config, tmp_path / "run")
+    # Two updates were profiled on the way.
+    [trace] = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    calls = sorted((e.start_ns, e.end_ns) for e in events if e.name == "PjitFunction(train_step)")  # some in one another
+    assert sum(all(start >= end for _, end in calls[:i]) for i, (start, _) in enumerate(calls)) == 2
     steps = [line["step"] for line in comparable(tmp_path / "run")]
     assert steps[-1] < 8
     train(config, tmp_path / "run")

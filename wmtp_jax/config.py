@@ -175,6 +175,7 @@ def defaults() -> ConfigDict:
     c.train.accumulation = 1  # micro-batches an update; fewer where more devices than the rows of one share them out
     c.train.loss_chunk = 0  # tokens whose logits are held at once; 0: chosen by the loss
     c.train.log_every = 50
+    c.train.profile = ()  # (first, last) update that jax.profiler traces, into profile/ of the stage's directory; (): none
     c.train.nonfinite_limit = 0  # non-finite updates that are skipped and counted before the run stops; 0: stop at the first
 
     # How many devices each axis of the mesh has; their product is the number of devices (of all processes). -1, for one of them:

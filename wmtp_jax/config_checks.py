@@ -42,6 +42,8 @@ def check(config: ConfigDict) -> None:
 def check_one_device(config: ConfigDict) -> None:
     """Refuses several processes, and a mesh of several devices, for a backend that trains on one."""
     refuse_several("the torch backend trains in one")
+    if config.train.profile:
+        _refuse("train.profile", config.train.profile, "() with the torch backend: it is jax's profiler")
     for axis, size in config.mesh.items():
         # All that is there is one device; but to ask for parameters in parts is to ask for what fits no single one.
         if size > 1 or (size == -1 and axis != "data"):
@@ -243,6 +245,9 @@ def _check_run(config: ConfigDict) -> None:
             _refuse(f"train.{key}", train[key], "at least 1")
     if train.batch_size % train.accumulation:
         _refuse("train.accumulation", train.accumulation, f"a divisor of train.batch_size ({train.batch_size})")
+    steps = train.profile
+    if steps and (len(steps) != 2 or any(type(step) is not int for step in steps) or not 1 <= steps[0] <= steps[1]):
+        _refuse("train.profile", steps, "() or (first, last), updates counted from 1")
     for key in ("seed", "loss_chunk", "nonfinite_limit"):
         if train[key] < 0:
             _refuse(f"train.{key}", train[key], "0 or more")

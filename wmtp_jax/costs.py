@@ -110,7 +110,8 @@ def collectives(work: Work) -> list[Collective]:
 
     An `all-gather` or `reduce-scatter` of n bytes over k devices sends n (k - 1) / k from each, an `all-reduce` twice that.
     Parameters are gathered in the type of the products, once for the forward and once for the backward pass of every
-    micro-batch, and gradients reduced once a micro-batch.
+    micro-batch. Gradients are reduced once a micro-batch, over `data` once an update: the parts of the rows keep float32 sums of
+    their own until then.
     """
     s, sizes, times = work.settings, work.sizes, work.accumulation
     found: list[Collective] = []
@@ -130,8 +131,12 @@ def collectives(work: Work) -> list[Collective]:
     add("all-gather", ("fsdp",), "parameters", 2 * times * whole * narrow)
     add("reduce-scatter", ("fsdp",), "gradients", times * share * whole * narrow)
     add("all-reduce", ("fsdp",), "gradients of what has no width", times * share * unsplit * narrow)
-    rows = tuple(axis for axis in ("data", "sequence") if sizes[axis] > 1)
-    add("all-reduce", rows, "gradients", times * share * part * narrow)
+    if times > 1:
+        add("all-reduce", ("data",), "gradients", share * part * 4)
+        add("all-reduce", ("sequence",), "gradients", times * share * part * narrow)
+    else:
+        rows = tuple(axis for axis in ("data", "sequence") if sizes[axis] > 1)
+        add("all-reduce", rows, "gradients", share * part * narrow)
 
     tokens, again = work.local_tokens, s.remat == "layer"
     states = tokens * s.width * narrow

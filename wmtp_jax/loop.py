@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,6 +79,7 @@ class Training:
       description: JSON values that describe it, saved with every state; see `ORIGINS`.
       flops_per_token, peak_flops: for MFU; the latter None where unknown.
       processes: that train it; the first one writes.
+      trace: a directory -> what writes a profile of its block there; None: there is no profiler.
     """
 
     stage: str
@@ -97,6 +98,7 @@ class Training:
     flops_per_token: float
     peak_flops: float | None
     processes: Processes = ALONE
+    trace: Callable[[Path], AbstractContextManager] | None = None
 
 
 def run(
@@ -184,12 +186,21 @@ def run(
         use_grain=use_grain,
     )
     stopped_early = stopping.exhausted
-    with closing(checkpoints), closing(rows), closing(progress):
+    trace, traced = training.trace, range(0)
+    if config.train.profile and processes.first:
+        traced = range(config.train.profile[0], config.train.profile[1] + 1)
+    with closing(checkpoints), closing(rows), closing(progress), ExitStack() as profile:
         waiting: tuple[int, Any, Batch] | None = None
         for step in range(start, training.steps) if not stopped_early else ():
+            done = step + 1
+            if trace is not None and done in traced and done in (traced[0], start + 1):
+                profile.enter_context(trace(directory / "profile"))
             batch = next(rows)
             state, result = training.update(state, batch)
-            done = step + 1
+            if trace is not None and done in traced and done == traced[-1]:
+                training.is_finite(result)  # waits for the update
+                profile.close()
+                progress.note(f"step {done}: a profile of steps {traced[0]} to {done} is in {directory / 'profile'}")
             # The update before this one is checked while this one runs, so that the device never waits for the check.
             if waiting is not None:
                 check_finite(*waiting)

@@ -30,6 +30,7 @@ FREE_KEYS = (
     "train.log_every",
     "train.nonfinite_limit",
     "train.accumulation",
+    "train.profile",
     "data.cache_dir",
     "data.prefetch",
     "mesh.",
@@ -41,7 +42,7 @@ FREE_KEYS = (
 )
 # What a run writes, and --resume=never replaces.
 OUTPUTS = (".upload", "checkpoints", "config.json", "curves.png", "damaged", "evaluation", "metrics.jsonl", "mirror.json",
-           "mlflow.json", "nonfinite", "reference", "report", "summary.json", "system.jsonl", "tokenizer", "tokens",
+           "mlflow.json", "nonfinite", "profile", "reference", "report", "summary.json", "system.jsonl", "tokenizer", "tokens",
            "tracking.jsonl", "trunk", "value")  # fmt: skip
 
 

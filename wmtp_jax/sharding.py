@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -123,8 +124,13 @@ def batch_shards(mesh: Mesh | AbstractMesh | None) -> int:
 
 
 def spec(logical: Logical) -> PartitionSpec:
-    """What an array with these logical axes is split over."""
-    return PartitionSpec(*(RULES.get(axis) if axis else None for axis in logical))
+    """What an array with these logical axes is split over; inside `apart`, without the axis that is taken there."""
+
+    def mesh_axes(axis: str | None) -> str | tuple[str, ...] | None:
+        axes = RULES.get(axis) if axis else None
+        return tuple(name for name in axes if name not in _taken.get()) if isinstance(axes, tuple) else axes
+
+    return PartitionSpec(*map(mesh_axes, logical))
 
 
 def parameter_axes(name: str, rank: int) -> Logical:
@@ -167,6 +173,44 @@ def batch_shardings(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedShar
 def replicated(mesh: Mesh) -> NamedSharding:
     """On every device as a whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+# ---- every part of the rows by itself ------------------------------------------------------------------------------
+
+_taken: ContextVar[tuple[str, ...]] = ContextVar("taken", default=())
+
+
+def data_parts() -> int:
+    """In how many parts `data` splits the rows of the mesh that the code being traced runs on."""
+    mesh = current_mesh()
+    return 1 if mesh is None else mesh.shape["data"]
+
+
+def apart(function: Callable) -> Callable:
+    """`function` of every part that `data` splits the rows into, with nothing reduced between them.
+
+    Arguments and results have a leading axis, one entry a part, that is split over `data`; of an argument that is None, no
+    part gets anything.
+    """
+
+    def of_one(*arguments: Any) -> Any:
+        token = _taken.set(("data",))
+        try:
+            return function(*arguments)
+        finally:
+            _taken.reset(token)
+
+    return jax.vmap(of_one, spmd_axis_name="data")
+
+
+def stacked(parameters: Any) -> Any:
+    """Zeros like a tree of parameters, one a part of `data`, each lying as the parameter does."""
+
+    def zeros(path: tuple, leaf: Array) -> Array:
+        axes = spec(parameter_axes(".".join(str(entry.key) for entry in path), leaf.ndim))
+        return jax.lax.with_sharding_constraint(jnp.zeros((data_parts(), *leaf.shape), leaf.dtype), PartitionSpec("data", *axes))
+
+    return jax.tree_util.tree_map_with_path(zeros, parameters)
 
 
 # ---- inside the model ----------------------------------------------------------------------------------------------
@@ -257,7 +301,7 @@ def reduce_gradient(gradient: Array, *, axis: int) -> Array:
 
 
 def _splits(axis: str) -> bool:
-    return current_mesh().shape[axis] > 1
+    return axis not in _taken.get() and current_mesh().shape[axis] > 1
 
 
 # ---- between the host and the devices ------------------------------------------------------------------------------

@@ -205,6 +205,7 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
         evaluate=evaluate_state,
         inspect=inspect_state if token_batch is not None else None,
         peak_flops=device.peak_flops,
+        trace=jax.profiler.trace,
     )
     del state
     state, best = loop.run(training, config, stage.directory, stage.corpus, signals)
@@ -259,6 +260,7 @@ def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
         evaluate=evaluate_state,
         inspect=None,
         peak_flops=device.peak_flops,
+        trace=jax.profiler.trace,
     )
     del parameters, state
     state, best = loop.run(training, config, stage.directory, stage.corpus, signals)

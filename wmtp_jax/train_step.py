@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from wmtp_jax import algorithms, weighting
+from wmtp_jax import algorithms, sharding, weighting
 from wmtp_jax import critic as critics
 from wmtp_jax.losses import TokenStatistics, token_statistics, weighted_mean
 from wmtp_jax.model import Model, Parameters, merge, separate, unite
@@ -225,14 +225,23 @@ def loss_and_gradients(
         statistics, references, values = jax.tree.map(whole, collected)
         given = _parts(weigh(statistics, batch, references, values), accumulation)[0]
 
+    # Over `data` the parts of the rows keep sums and gradients of their own, that are reduced once, after the last micro-batch.
+    count = sharding.data_parts()
+    grouped, gradients_of, zeros = lambda x: x, functools.partial(value_and_grad, trained), jax.tree.map(jnp.zeros_like, trained)
+    zero = jnp.zeros((), jnp.float32)
+    if count > 1:
+        grouped = lambda x: x.reshape(count, -1, *x.shape[1:])  # noqa: E731
+        gradients_of, zeros, zero = sharding.apart(gradients_of), sharding.stacked(trained), jnp.zeros(count, jnp.float32)
+
     def add(carry: tuple, scanned: tuple[Batch, Array | None]) -> tuple[tuple, tuple]:
-        part, part_weights = scanned
-        (_, (sums, entries)), gradients = value_and_grad(trained, part, part_weights)
+        (_, (sums, entries)), gradients = gradients_of(*jax.tree.map(grouped, scanned))
         return jax.tree.map(jnp.add, carry, (sums, gradients)), entries
 
-    zero = jnp.zeros((), jnp.float32)
-    start = ((zero, zero), jax.tree.map(jnp.zeros_like, trained))
-    (sums, gradients), entries = jax.lax.scan(add, start, (batches, given))
+    found, entries = jax.lax.scan(add, ((zero, zero), zeros), (batches, given))
+    if count > 1:
+        found = jax.tree.map(lambda x: x.sum(axis=0), found)
+        entries = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[3:]), entries)
+    (sums, gradients) = found
     return WeightedLoss(*sums, gradients, *jax.tree.map(whole, entries))  # pyrefly: ignore[bad-argument-count]  # two and two
 
 
