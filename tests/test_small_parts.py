@@ -133,7 +133,9 @@ def test_flops_of_a_trunk_that_is_not_trained_agree_with_xla(parts):
     counted = step.lower(parameters, batch).compile().cost_analysis()["flops"] / 64
     expected = flops_per_token(settings, 32, trained=parts)
     recomputed = 2 * 2 * settings.width * settings.vocabulary_size
-    assert expected < counted < 1.25 * (expected + recomputed) < flops_per_token(settings, 32) + recomputed
+    # With adapters the formula has the gradient of the first layer's input, too (through query, key, value), which nobody needs.
+    unneeded = 3 * 2 * settings.width**2 if parts == "lora" else 0
+    assert expected - unneeded < counted < 1.25 * (expected + recomputed) < flops_per_token(settings, 32) + recomputed
 
 
 def test_settings_that_are_none_of_these_are_refused():
