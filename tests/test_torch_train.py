@@ -212,6 +212,12 @@ def test_several_devices_are_refused_by_name(axis, size, tiny, tmp_path):
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
+def test_a_profile_is_refused_by_name(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"^config.train.profile = \(1, 2\): must be \(\) with the torch backend"):
+        train(tiny(train__profile=(1, 2)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_writes_nothing(tiny, tmp_path, capsys):
     train(tiny(), tmp_path / "run", dry_run=True)
     assert "parameters" in capsys.readouterr().out and not (tmp_path / "run").exists()
