@@ -140,10 +140,10 @@ def collectives(work: Work) -> list[Collective]:
 
     tokens, again = work.local_tokens, s.remat == "layer"
     states = tokens * s.width * narrow
-    extra = {"linear": 0, "block": s.num_heads - 1, "sequential": s.num_heads - 1}[s.head_kind]
-    recomputed = (s.layers if again else 0) + (0 if s.head_kind == "linear" else s.num_heads - 1)
+    extra = 0 if s.head_kind == "linear" else s.num_heads - 1
+    recomputed = (s.layers if again else 0) + extra
     passes = 2 * (s.layers + extra) + recomputed  # forward, backward, and forward once more
-    groups = {"linear": min(s.num_heads, 2)}.get(s.head_kind, s.num_heads)
+    groups = min(s.num_heads, 2) if s.head_kind == "linear" else s.num_heads
     add("all-reduce", ("tensor",), "states of the layers", times * 2 * passes * states)
     add("all-reduce", ("tensor",), "states of the loss", times * groups * states)
     add("all-reduce", ("tensor",), "embeddings", times * (1 + (extra if s.head_kind == "sequential" else 0)) * states)

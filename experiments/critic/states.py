@@ -97,10 +97,10 @@ def train_head(
     """One value stage: (step, value loss, share of the variance explained) of every evaluation, all on the held-out rows."""
     critic = critic_settings(config)
     definition, drawn = initial_parameters(settings, config.train.seed, value_head=True)
-    optimizer = make_optimizer(optimizer_settings(config), config.train.steps)
     parameters = {"value_head": drawn["value_head"]}
+    rest = abstract_parameters(settings)[1]  # the states are there: shapes of what made them will do
+    optimizer = make_optimizer(optimizer_settings(config), config.train.steps)
     state = (parameters, optimizer.init(parameters))
-    rest = {name: leaf for name, leaf in drawn.items() if name != "value_head"}
 
     def objective(parameters: Any, batch: Any) -> jax.Array:
         values = token_values(merge(definition, {**rest, **parameters}), batch["states"])

@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--kinds", default="linear,block,sequential")
     arguments = parser.parse_args()
+    if arguments.path is None and arguments.what in ("transformers", "grid", "speculative"):
+        parser.error(f"{arguments.what}: give the path of a model")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}", flush=True)
     match arguments.what:
         case "transformers":

@@ -111,8 +111,8 @@ def empty_caches(weights: Unrolled, *, rows: int, slots: int) -> Caches:
     s = weights.settings
 
     def cache() -> Cache:
-        shape = (rows * s.kv_heads, s.head_dim, slots)
-        return Cache(jnp.zeros(shape, s.compute_dtype), jnp.zeros(shape, s.compute_dtype).swapaxes(1, 2))
+        groups, zeros = rows * s.kv_heads, functools.partial(jnp.zeros, dtype=s.compute_dtype)
+        return Cache(key=zeros((groups, s.head_dim, slots)), value=zeros((groups, slots, s.head_dim)))
 
     layered = weights.heads if s.head_kind != "linear" else ()
     hidden = jnp.zeros((rows, slots, s.width), s.compute_dtype) if layered and s.head_kind == "sequential" else None
