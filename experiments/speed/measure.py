@@ -6,6 +6,7 @@
 
 Needs jax, flax, optax, numpy, ml_collections and torch. What is compared runs in turn, round after round, every second round
 backwards; a ratio is the median over rounds of two times of the same round, so that what else the machine does reaches both.
+An algorithm runs between two updates of the baseline, which also runs between two of its own: that row is the noise.
 Writes results/SUITE.json and .svg, and the tables in README.md.
 
 Parts: `flops` (the formula beside XLA's cost analysis), `memory` (ours and plain updates, each in a fresh process, with
@@ -19,6 +20,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -81,10 +83,9 @@ def rounds(steps: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[fl
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(pairs + 1):
         for name in list(steps)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
-            steps[name]()
+            took, _ = _seconds(steps[name])
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
     return seconds
 
 
@@ -92,6 +93,28 @@ def beside(times: list[float], base: list[float]) -> dict[str, float]:
     """The ratio of two times of a round: median, lowest and highest."""
     ratios = [own / other for own, other in zip(times, base, strict=True)]
     return {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+
+
+def between(base: Callable[[], Any], own: Callable[[], Any], pairs: int) -> tuple[list[float], dict[str, float]]:
+    """Seconds of `own`, `pairs` times, and what they are beside `base` right before and right after each, so that a drift of the
+    machine reaches both alike: for differences of a few percent, which whole rounds hide. Also of the processor's time, which
+    others' work on the machine reaches less, and of the shortest of each."""
+    base(), own()
+    around, found = [_seconds(base)], []
+    for _ in range(pairs):
+        found.append(_seconds(own))
+        around.append(_seconds(base))
+    (wall, cpu), (base_wall, base_cpu) = zip(*found, strict=True), zip(*around, strict=True)
+    mean = lambda times: list(map(statistics.fmean, itertools.pairwise(times)))  # noqa: E731
+    facts = beside(wall, mean(base_wall)) | {"cpu_ratio": beside(cpu, mean(base_cpu))["ratio"]}
+    return list(wall), facts | {"shortest": min(wall) / min(base_wall)}
+
+
+def _seconds(step: Callable[[], Any]) -> tuple[float, float]:
+    """On the wall, and of the processor in all threads."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def speed(times: list[float], shape: Shape, heads: int, kind: str, peak: float | None) -> dict[str, Any]:
@@ -218,11 +241,11 @@ def measure_algorithms(suite: str, pairs: int, peak: float | None) -> list[dict]
     for shape in SUITES[suite][:1]:
         names = list(ALGORITHMS)[: 3 if suite == "smoke" else None]
         updates = {name: jax_update(shape, heads, algorithm=name) for name in names}
-        times = rounds({name: update.step for name, update in updates.items()}, pairs)
-        for name, update in updates.items():
-            row = {"shape": shape.name, "heads": heads, "name": name} | speed(times[name], shape, heads, "linear", peak)
+        for name, update in updates.items():  # the baseline beside itself tells how far the machine can be trusted
+            times, found = between(updates["baseline-mtp"].step, update.step, pairs)
+            row = {"shape": shape.name, "heads": heads, "name": name} | speed(times, shape, heads, "linear", peak)
             row |= {"temporary_bytes": update.temporary_bytes, "compile_seconds": update.compile_seconds}
-            rows.append(row | beside(times[name], times["baseline-mtp"]))
+            rows.append(row | found)
             _tell(rows[-1])
     return rows
 

@@ -22,6 +22,7 @@ COLUMNS = {
               ("gradients and temporary MB", "temporary_bytes", "MB"), ("compile s", "compile_seconds", ".1f")],
     "algorithms": [("algorithm", "name", ""), ("ms", "seconds", "ms"), ("tokens/s", "tokens_per_second", ",.0f"),
                    ("MFU", "mfu", ".2f"), ("time beside the baseline", "ratio", "range"),
+                   ("shortest beside shortest", "shortest", ".3f"), ("processor's time", "cpu_ratio", ".3f"),
                    ("gradients and temporary MB", "temporary_bytes", "MB"), ("compile s", "compile_seconds", ".1f")],
     "loss": [("loss and gradients", "name", ""), ("ms", "seconds", "ms"), ("time beside torch's full logits", "ratio", "range"),
              ("temporary MB", "temporary_bytes", "MB")],

@@ -87,10 +87,12 @@ class Update:
     Attributes:
       compile_seconds: what came before the second update could start: compilation, and for torch its first update.
       temporary_bytes: by XLA's buffer assignment, of gradients and all else that is neither argument nor result; None for torch.
+      compiled: XLA's program; None for torch.
     """
 
-    def __init__(self, step: Callable[[], float], compile_seconds: float, temporary_bytes: int | None):
-        self.step, self.compile_seconds, self.temporary_bytes = step, compile_seconds, temporary_bytes
+    def __init__(self, step: Callable[[], float], compile_seconds: float, compiled: jax.stages.Compiled | None = None):
+        self.step, self.compile_seconds, self.compiled = step, compile_seconds, compiled
+        self.temporary_bytes = compiled.memory_analysis().temp_size_in_bytes if compiled else None
 
 
 def jax_update(shape: Shape, heads: int, kind: str = "linear", algorithm: str = "baseline-mtp") -> Update:
@@ -152,7 +154,7 @@ def _compiled(step: Callable, state: TrainState, batch: dict[str, np.ndarray]) -
         jax.block_until_ready(state)
         return loss
 
-    return Update(run, seconds, compiled.memory_analysis().temp_size_in_bytes)
+    return Update(run, seconds, compiled)
 
 
 def torch_update(shape: Shape, heads: int, *, compiled: bool = False) -> Update:
@@ -170,7 +172,7 @@ def torch_update(shape: Shape, heads: int, *, compiled: bool = False) -> Update:
 
     start = time.perf_counter()
     run()
-    return Update(run, time.perf_counter() - start, None)
+    return Update(run, time.perf_counter() - start)
 
 
 def peer(name: str, shape: Shape, heads: int) -> Update:
