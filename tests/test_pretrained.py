@@ -370,6 +370,7 @@ def test_reading_needs_no_jax(saved, tmp_path):
         (dict(rope_parameters=dict(rope_type="linear")), "factor"),
         (dict(rope_parameters=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0)), "high_freq_factor"),
         (dict(rope_parameters=dict(rope_theta="big")), "rope_theta"),
+        (dict(rms_norm_eps=10**400), "rms_norm_eps"),
         (dict(attention_bias="yes"), "attention_bias"),
         (dict(hidden_size="32"), "hidden_size"),
         (dict(num_key_value_heads=3), "key and value heads"),
@@ -438,6 +439,7 @@ def test_damaged_safetensors_are_refused(saved, tmp_path):
         whole.replace(b'"shape":[61,32]', b'"shape":[62,32]', 1),
         whole.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1),
         whole.replace(b'"shape":[', b'"shape":[-', 1),
+        (8 + 5000).to_bytes(8, "little") + b'{"a": [' + b"9" * 5000 + b"]",
     ):
         assert damaged != whole
         file.write_bytes(damaged)
@@ -758,6 +760,45 @@ def test_meta_checkpoints_that_do_not_fit_are_refused(tmp_path):
     refused(tmp_path, "consolidated.pth", "truncated")
     weights.unlink()
     refused(tmp_path, "consolidated.pth", "no such file")
+
+
+def test_meta_checkpoints_of_parameters_are_read_and_of_other_layouts_refused(tmp_path):
+    _, tensors = meta_checkpoint(tmp_path)
+    before, weights = parameters_of(tmp_path), tmp_path / "consolidated.pth"
+    torch.save({name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}, weights)
+    assert_same_parameters(parameters_of(tmp_path), before)
+    for change, word in (
+        ({"norm.weight": torch.ones(32).to_sparse()}, "norm.weight"),
+        ({"norm.weight": torch.ones(32, device="meta")}, "norm.weight"),
+        ({"norm.weight": torch.ones(32, dtype=torch.float64)}, "float64"),
+        ({7: torch.ones(2)}, "dict of tensors by name"),
+    ):
+        torch.save(tensors | change, weights)
+        refused(tmp_path, "consolidated.pth", word)
+
+
+def test_damaged_meta_checkpoints_never_end_in_another_error(tmp_path):
+    """Random bytes changed in the pickle and in the archive's directory, where torch's reader raises what it may."""
+    meta_checkpoint(tmp_path)
+    weights = tmp_path / "consolidated.pth"
+    whole = weights.read_bytes()
+    generator, refusals = np.random.default_rng(0), 0
+    for number in range(150):
+        damaged = bytearray(whole)
+        start, stop = (0, 3000) if number % 2 else (len(whole) - 4000, len(whole))
+        for position in generator.integers(start, stop, 3):
+            damaged[position] = generator.integers(0, 256)
+        weights.write_bytes(damaged)
+        try:
+            parameters_of(tmp_path)
+        except UserError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+    assert refusals > 100
+    weights.write_bytes(whole)
+    for params in ("{}", '{"n_layers": ' + "9" * 5000 + "}", '{"n_layers": 1e999}', "[" * 100_000):
+        (tmp_path / "params.json").write_text(params)
+        refused(tmp_path, "params.json")
 
 
 class Malicious:

@@ -20,7 +20,7 @@ def shift_targets(
       loss_mask: `[B, S]`, non-zero for the tokens that may be targets (not for a prompt, say); None: all may.
 
     Returns:
-      targets int32 `[B, S, H]`, 0 past the row's end and for padding, and mask bool `[B, S, H]`.
+      targets int32 `[B, S, H]`, the token whether it counts or not and 0 past the row's end, and mask bool `[B, S, H]`.
 
     Raises:
       ValueError: shapes that differ, or fewer than one head.
@@ -36,13 +36,12 @@ def shift_targets(
         raise ValueError(f"segment_ids has shape {segment_ids.shape}, tokens {tokens.shape}: both must be [B, S]")
     if num_heads < 1:
         raise ValueError(f"num_heads is {num_heads}: must be at least 1")
-    real_tokens = np.where(segment_ids != 0, tokens, 0)
     length = tokens.shape[-1]
     targets = np.zeros((*tokens.shape, num_heads), np.int32)
     mask = np.zeros((*tokens.shape, num_heads), bool)
     for head in range(min(num_heads, length - 1)):
         shift = head + 1
-        targets[..., : length - shift, head] = real_tokens[..., shift:]
+        targets[..., : length - shift, head] = tokens[..., shift:]
         same_segment = segment_ids[..., shift:] == segment_ids[..., : length - shift]
         mask[..., : length - shift, head] = same_segment & allowed[..., shift:]
     return targets, mask

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ _KNOWN = frozenset(
     "dim n_layers n_heads n_kv_heads vocab_size norm_eps rope_theta n_future_tokens multiple_of ffn_dim_multiplier "
     "max_batch_size max_seq_len use_scaled_rope".split()
 )
+
+# What torch's reader raises on a file with some bytes changed; the pickle module documents no list either.
+_DAMAGED = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError, ImportError, struct.error)
 
 
 def open_checkpoint(directory: Path) -> Published:
@@ -90,11 +94,11 @@ def _settings(params: dict[str, Any], tensors: dict[str, Any], where: Path, weig
     if params.get("use_scaled_rope"):
         raise refuse(where, "use_scaled_rope", params["use_scaled_rope"], "its constants are not in the checkpoint")
     layers, extra = _count(tensors, "layers"), _count(tensors, "extra_heads")
-    future = integer(params, "n_future_tokens", where, 1)
-    if future != extra + 1 or integer(params, "n_layers", where) != layers + extra:
+    future, in_all = integer(params, "n_future_tokens", where, 1), integer(params, "n_layers", where)
+    if future != extra + 1 or in_all != layers + extra:
         raise UserError(
-            f"{weights}: has {layers} layers and {extra} extra heads, and {where.name} asks for n_layers = "
-            f"{params['n_layers']} in all, n_future_tokens = {future}"
+            f"{weights}: has {layers} layers and {extra} extra heads, and {where.name} asks for n_layers = {in_all} in all, "
+            f"n_future_tokens = {future}"
         )
     width, heads = integer(params, "dim", where), integer(params, "n_heads", where)
     kv_heads = heads if params.get("n_kv_heads") is None else integer(params, "n_kv_heads", where)
@@ -144,15 +148,18 @@ def _load(weights: Path) -> dict[str, Any]:
         tensors = torch.load(weights, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{weights}: holds more than tensors, and code from weights is never run") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(
-            f"{weights}: truncated or not a checkpoint of torch.save: {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(tensors, dict) or any(not isinstance(t, torch.Tensor) for t in tensors.values()):
+    except _DAMAGED as error:
+        what = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{weights}: truncated or not a checkpoint of torch.save: {what}") from error
+    if not isinstance(tensors, dict) or any(
+        not isinstance(name, str) or not isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise UserError(f"{weights}: must hold a dict of tensors by name")
     for name, tensor in tensors.items():
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_meta:
+            raise refuse(weights, f"layout of tensor {name}", str(tensor.layout), "supported are dense tensors with their values")
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise refuse(
                 weights, f"type of tensor {name}", str(tensor.dtype), "supported are float32, float16, bfloat16"
             )
-    return tensors
+    return {name: tensor.detach() for name, tensor in tensors.items()}  # parameters are fine, too

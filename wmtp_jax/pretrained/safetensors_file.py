@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
     try:
         header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise broken("the header is not JSON") from error
     if not isinstance(header, dict):
         raise broken("the header is not a JSON object")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file") from error
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object")
@@ -42,7 +42,7 @@ def integer(given: dict[str, Any], key: str, where: Path, default: Any = _REQUIR
 def number(given: dict[str, Any], key: str, where: Path, default: Any = _REQUIRED) -> float:
     """The finite number > 0 at `key`; without a default the key must be there."""
     value = _get(given, key, where, default)
-    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{where}: {key} = {value!r}: must be a number above 0")
     return float(value)
 
