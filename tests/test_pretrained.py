@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socketserver
 import subprocess
 import sys
 import textwrap
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -523,6 +525,23 @@ def test_paths_and_hub_names(saved, tmp_path, monkeypatch):
     reference.write_text(commit)
     assert open_pretrained("someone/some-model").revision == commit
     refused("someone/some-model@other", "cache")
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"], ids=["hangs up", "sign-in page"])
+def test_a_hub_that_hangs_up_or_answers_nonsense(answer, tmp_path, monkeypatch):
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(65_536)
+            self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://{}:{}".format(*server.server_address))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        refused("someone/some-model", "the hub did not give it")
+        with pytest.raises(UserError, match="config.data.tokenizer = 'someone/some-model': .* not to be had from the hub"):
+            load_tokenizer("someone/some-model")
+        server.shutdown()
 
 
 # ---- GGUF ----------------------------------------------------------------------------------------------------------

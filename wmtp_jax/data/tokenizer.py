@@ -270,7 +270,8 @@ def _download(name: str) -> str:
 
     try:
         return huggingface_hub.snapshot_download(name, allow_patterns=list(_FILE_PATTERNS))
-    except (OSError, ValueError) as error:  # no network, no such repository, not a repository's name
+    except (huggingface_hub.errors.HTTPError, OSError, ValueError, LookupError, TypeError) as error:
+        # No network, no such repository, not a repository's name, a connection that breaks, or an answer that is none.
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"config.data.tokenizer = {name!r}: no directory of that name, and not to be had from the hub: {reason}"

@@ -51,9 +51,10 @@ def locate(path: str | Path) -> tuple[Path, str]:
         raise UserError(
             f"{path}: no such directory here, not in the hub's cache, and the hub can't be reached; give a local directory"
         ) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: no such directory here, and the hub refused it: {reason}") from error
+    except (errors.HTTPError, OSError, ValueError, LookupError, TypeError) as error:
+        # Refused, a connection that breaks, or an answer that is none, as of a network's sign-in page.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{path}: no such directory here, and the hub did not give it: {reason}") from error
     return snapshot, snapshot.name
 
 
