@@ -212,6 +212,12 @@ def test_resume_from_another_run(finished, tiny, tmp_path):
     assert comparable(tmp_path / "copy") == lines
     train(tiny(), tmp_path / "finished", resume=str(tmp_path / "origin"))  # no steps left
     assert comparable(tmp_path / "finished") == comparable(finished)
+    # What does not go on from there is refused before anything is copied.
+    changes = ({"optimizer__b1": 0.5}, "config.optimizer.b1 = 0.9"), ({"data__vocabulary_size": 290}, "vocabulary_size")
+    for change, words in changes:
+        with pytest.raises(UserError, match=f"origin/checkpoints/8: was made with .*{words}"):
+            train(tiny(**change), tmp_path / "other", resume=str(tmp_path / "origin"))
+        assert not (tmp_path / "other").exists()
 
 
 def test_wrong_input_is_refused_in_one_line(finished, tiny, tmp_path):

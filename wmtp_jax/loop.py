@@ -261,17 +261,40 @@ def _restore(training: Training, config: ConfigDict, stopping: Stopping) -> Any:
         return training.state
     metadata = checkpoints.metadata(steps[-1])
     where = checkpoints.directory / str(steps[-1])
+    check_continues(config, training.description, metadata, where)
+    restored = checkpoints.restore(steps[-1], training.state)
+    stopping.restore(metadata["stopping"])
+    return restored
+
+
+def check_continues(
+    config: ConfigDict,
+    description: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    where: Path,
+    *,
+    origins: tuple[str, ...] = ORIGINS,
+) -> None:
+    """Refuses to go on with a checkpoint that another training made.
+
+    Args:
+      config: of this training.
+      description: of this training, see `stage.Stage.describe`.
+      metadata: the same as it was saved in the checkpoint.
+      where: the checkpoint.
+      origins: those of `ORIGINS` that are known yet.
+
+    Raises:
+      UserError: names the key or origin that differs, with both values.
+    """
     run_directory.check_continues(config, metadata["config"], where)
-    for name in ORIGINS:
-        before, now = metadata.get(name), training.description.get(name)
+    for name in origins:
+        before, now = metadata.get(name), description.get(name)
         if before != now:
             raise UserError(
                 f"{where}: was trained with another {name} ({str(before)[:12]}, now {str(now)[:12]}); put it back, choose "
                 "another --workdir, or start anew with --resume=never"
             )
-    restored = checkpoints.restore(steps[-1], training.state)
-    stopping.restore(metadata["stopping"])
-    return restored
 
 
 def _due(step: int, every: int) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from wmtp_jax import compatible, rewards, run_directory, summary
+from wmtp_jax import compatible, loop, rewards, run_directory, summary
 from wmtp_jax.cli import Stopped, StopSignals
 from wmtp_jax.config import flatten, uses_reference, validate
 from wmtp_jax.data.corpus import Corpus
@@ -32,7 +32,7 @@ from wmtp_jax.mirror import ADDRESS_FILE, claim, mirrored, pull
 from wmtp_jax.model_registry import model_files, model_tags
 from wmtp_jax.origins import Start, check_vocabulary, is_published, model_key, open_base, start_of, with_published_trunk
 from wmtp_jax.parameters_file import FILE as PARAMETERS
-from wmtp_jax.parameters_file import check_backend, read_parameters
+from wmtp_jax.parameters_file import check_backend, read_metadata, read_parameters
 from wmtp_jax.pretrained import open_reward_model
 from wmtp_jax.redact import redacted
 from wmtp_jax.run_directory import find_checkpoint
@@ -111,6 +111,9 @@ def run_experiment(
         if told := problem(origin):
             raise UserError(f"--resume={resume}: {origin} is damaged: {told}; give another checkpoint")
         check_backend(origin, backend.NAME)
+        # Before anything is copied: what a wrong setting is to leave alone.
+        stored = read_metadata(origin / PARAMETERS)
+        loop.check_continues(config, last.describe(backend.NAME), stored, origin, origins=("tokenizer", "corpus", "base"))
 
     held = run_directory.locked(workdir) if processes.first else nullcontext()
     with held, disk_errors(workdir, setting="--workdir"):
