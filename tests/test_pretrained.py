@@ -362,6 +362,7 @@ def test_reading_needs_no_jax(saved, tmp_path):
         (dict(quantization_config={"quant_method": "gptq"}), "quantization_config"),
         (dict(hidden_act="gelu"), "hidden_act"),
         (dict(sliding_window=8), "sliding_window"),
+        (dict(is_causal=False), "is_causal"),
         (dict(num_local_experts=4), "num_local_experts"),
         (dict(logit_scale=0.5), "logit_scale"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
@@ -392,11 +393,14 @@ def test_settings_that_are_not_reproduced_are_refused(changed, change, word):
     "of, change, word",
     [
         ("qwen3", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1, layer_types=ABSENT), "sliding_window"),
+        ("qwen3", dict(use_sliding_window=True, sliding_window=8, max_window_layers=None, layer_types=ABSENT), "sliding_window"),
         ("qwen3", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
         ("gpt2", dict(activation_function="relu"), "activation_function"),
         ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
         ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights"),
         ("gpt2", dict(add_cross_attention=True), "add_cross_attention"),
+        ("gpt2", dict(is_causal=False), "is_causal"),
+        ("gpt2", dict(num_attention_heads=1), "num_attention_heads"),
     ],
 )  # fmt: skip
 def test_other_families_refuse_too(changed, of, change, word):

@@ -68,6 +68,7 @@ _FOREIGN = {
     "clip_qkv": (),
     "embedding_multiplier": (1.0,),
     "final_logit_softcapping": (),
+    "is_causal": (True,),  # False: attention reads both ways
     "logit_scale": (1.0,),
     "logits_scaling": (1.0,),
     "num_experts": (0, 1),
@@ -348,7 +349,19 @@ def _qwen3(config: Config, where: Path) -> ModelSettings:
     )
 
 
+# Names that GPT-2's own may also go by; which one counts where both are there depends on their order.
+_GPT2_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+
 def _gpt2(config: Config, where: Path) -> ModelSettings:
+    for alias, key in _GPT2_ALIASES.items():
+        if alias in config and config[alias] != config.get(key):
+            raise refuse(where, alias, config[alias], f"{key} = {config.get(key)!r} is the same setting")
     width, heads = integer(config, "n_embd", where), integer(config, "n_head", where)
     if width % heads:
         raise UserError(f"{where}: n_embd = {width}: must be a multiple of n_head ({heads})")
@@ -428,7 +441,8 @@ def _check_full_attention(config: Config, where: Path) -> None:
             raise refuse(where, "layer_types", kinds, "supported is full_attention in every layer")
         return
     window = config.get("sliding_window", 4096) if flag(config, "use_sliding_window", where, False) else None
-    if window is not None and integer(config, "num_hidden_layers", where) > config.get("max_window_layers", 28):
+    whole = config.get("max_window_layers", 28)
+    if window is not None and (type(whole) is not int or integer(config, "num_hidden_layers", where) > whole):
         raise refuse(where, "sliding_window", window, "attention reads the whole prefix here")
 
 
