@@ -30,6 +30,7 @@ CASES = [
     ("block", "critic-wmtp", [((2, 1, 2, 2), 2)]),
     ("sequential", "rho1-weighted", [((1, 2, 2, 2), 1)]),
     ("linear", "baseline-mtp", [((4, 1, 2, 1), 2)]),
+    ("linear", "rho1-tokenskip by reference_both", [((2, 1, 2, 2), 2)]),
 ]  # fmt: skip
 
 
@@ -44,6 +45,7 @@ def make_batch() -> dict[str, np.ndarray]:
         "tokens": tokens, "segment_ids": segments, "positions": positions(segments).astype(np.int32), "targets": targets,
         "mask": mask, "rewards": np.where(last, random.normal(size=tokens.shape), 0).astype(np.float32), "rewarded": rewarded,
         "reference_loss": random.uniform(3, 6, tokens.shape).astype(np.float32),
+        "reference_entropy": random.uniform(0, 4, tokens.shape).astype(np.float32),
     }  # fmt: skip
 
 
@@ -78,7 +80,8 @@ def compare_gradients(kind: str, algorithm: str, updates: list) -> list[dict]:
 
     def gradients(sizes, accumulation):
         context, state, batch = on_mesh(sizes)
-        options = {"settings": Weighting(algorithm=algorithm), "critic": critic, "accumulation": accumulation}
+        name, _, score = algorithm.partition(" by ")
+        options = {"settings": Weighting(name, score=score or "excess_loss"), "critic": critic, "accumulation": accumulation}
         with context:
             function = jax.jit(functools.partial(loss_and_gradients, definition=definition, **options))
             return function(state(parameters), batch(columns))

@@ -74,6 +74,8 @@ def changed(**changes) -> ConfigDict:
 WRONG = {
     "weighting__algorithm": "rho2",
     "weighting__form": "exponential",  # baseline-mtp has no score
+    "weighting__score": "loss",
+    "weighting__score ": "reference_loss",  # baseline-mtp asks no reference
     "weighting__scope": "row",
     "weighting__fraction": 0.70005,
     "weighting__temperature": 0.0,
@@ -124,6 +126,24 @@ def test_a_wrong_value_is_refused_by_name_in_one_line(key):
         validate(changed(**{key.strip(): WRONG[key]}))
     message = str(caught.value)
     assert key.strip().replace("__", ".") in message and "\n" not in message
+
+
+def test_scores_by_the_reference_alone_are_checked_against_the_other_keys():
+    rho1 = {"reference__steps": 1, "weighting__algorithm": "rho1-weighted"}
+    validate(changed(weighting__score="reference_entropy", **rho1))
+    validate(changed(weighting__score="reference_both", weighting__form="top_fraction", **rho1))
+    validate(changed(weighting__score="reference_both", **rho1 | {"weighting__algorithm": "rho1-tokenskip"}))
+    wrong = [
+        ("score", {"weighting__score": "reference_both"}),  # of exponential
+        ("score", {"weighting__score": "reference_both", "weighting__form": "softmax_over_heads"}),
+        ("score", {"weighting__score": "reference_loss", "weighting__algorithm": "gradient"}),
+        ("signed", {"weighting__score": "reference_loss", "weighting__signed": False}),
+        ("threshold", {"weighting__score": "reference_entropy", "weighting__threshold": 0.5}),
+    ]
+    for key, changes in wrong:
+        with pytest.raises(UserError, match=f"config.weighting.{key} = ") as caught:
+            validate(changed(**rho1 | changes))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("algorithm", [name for name, needs in ALGORITHMS.items() if needs == "reference"])

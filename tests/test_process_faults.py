@@ -196,7 +196,7 @@ def test_nan_batches_are_skipped_counted_and_end_a_run_after_n(settings, undistu
     scored = run(weighted, tmp_path / "scores", module="wmtp_jax.score")
     assert scored.returncode == 0, scored.stderr
     cache = Path(next(word for word in settings if "cache_dir" in word).partition("=")[2])
-    [losses] = cache.glob("**/reference_loss/*/0-train.npy")
+    [losses] = cache.glob("**/reference_loss/*/0-train-reference_loss.npy")
     array = np.load(losses)
     array[len(array) // 2, 5:] = np.nan
     np.save(losses, array)

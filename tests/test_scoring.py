@@ -20,15 +20,18 @@ import wmtp_jax.train as in_jax
 import wmtp_torch.train as in_torch
 from tests.training import comparable
 from wmtp_jax import experiment, rewards, scores
+from wmtp_jax.checkpoint import load_model
 from wmtp_jax.config import defaults
+from wmtp_jax.data.targets import positions
 from wmtp_jax.data.tokenizer import train_bpe
 from wmtp_jax.errors import UserError
-from wmtp_jax.model import ModelSettings, abstract_parameters
+from wmtp_jax.model import ModelSettings, abstract_parameters, merge
 from wmtp_jax.optimizer import make_optimizer
+from wmtp_jax.origins import model_key
 from wmtp_jax.pretrained import open_reward_model
 from wmtp_jax.rewards import segments
 from wmtp_jax.score import score
-from wmtp_jax.settings import Weighting
+from wmtp_jax.settings import REFERENCE_COLUMNS, Weighting
 from wmtp_jax.train_step import initial_state, train_step
 
 ROOT = Path(__file__).parent.parent
@@ -51,10 +54,12 @@ def reference(tiny, tmp_path_factory):
     return str(train(config, tmp_path_factory.mktemp("reference") / "run", in_torch))
 
 
+@pytest.mark.parametrize("score_of", ["excess_loss", "reference_both"])
 @pytest.mark.parametrize("backend", [in_jax, in_torch], ids=["jax", "torch"])
-def test_runs_pick_up_stored_losses_and_train_alike(backend, own, reference, tmp_path, monkeypatch, capsys):
-    config = own(reference__path=reference)
-    in_step = train(own(reference__path=reference, reference__losses="step"), tmp_path / "in_step", backend)
+def test_runs_pick_up_stored_losses_and_train_alike(backend, score_of, own, reference, tmp_path, monkeypatch, capsys):
+    own = functools.partial(own, reference__path=reference, weighting__score=score_of)
+    config = own()
+    in_step = train(own(reference__losses="step"), tmp_path / "in_step", backend)
     score(config, workdir=tmp_path / "scores")
     assert "reference losses" in capsys.readouterr().out
     train(config, tmp_path / "plan", backend, dry_run=True)
@@ -67,7 +72,10 @@ def test_runs_pick_up_stored_losses_and_train_alike(backend, own, reference, tmp
             assert one[name] == pytest.approx(other[name], rel=1e-5), (one["step"], name)
     one, other = (np.load(run / "tokens" / "8.npz") for run in (in_step, stored))
     mask = one["mask"]
-    np.testing.assert_allclose(one["reference_loss"][mask], other["reference_loss"][mask], atol=2e-5)
+    read = {name for name in REFERENCE_COLUMNS if name in one}
+    assert read == set(REFERENCE_COLUMNS[: 1 if score_of == "excess_loss" else 2])
+    for name in read:
+        np.testing.assert_allclose(one[name][mask], other[name][mask], atol=2e-5)
     np.testing.assert_allclose(one["weight"], other["weight"], atol=1e-4)
 
 
@@ -79,14 +87,14 @@ def test_scoring_goes_on_where_it_was_interrupted(own, tmp_path):
         if stop_at is not None and len(calls) == stop_at:
             raise KeyboardInterrupt
         calls.append(len(tokens))
-        return (tokens * 0.5).astype(np.float32)
+        return (tokens * 0.5).astype(np.float32), segment_ids * 0.25
 
     options = {"facts": facts, "batch_rows": 2, "progress": lambda done, total: None}
     rows = len(corpus.sources[0].train)
     assert rows > 40
     with pytest.raises(KeyboardInterrupt):
         scores.make_losses(corpus, functools.partial(losses, stop_at=18), **options)
-    assert not list((corpus.directory / scores.COLUMN).glob("[!.]*/manifest.json"))
+    assert not list((corpus.directory / scores.FOLDER).glob("[!.]*/manifest.json"))
     directory = scores.make_losses(corpus, losses, **options)
     # Of 18 batches, 16 had been kept.
     batches = sum(-(-len(side) // 2) for side in (corpus.sources[0].train, corpus.sources[0].validation))
@@ -95,6 +103,7 @@ def test_scoring_goes_on_where_it_was_interrupted(own, tmp_path):
     for side in ("train", "validation"):
         columns = getattr(found, side).columns
         np.testing.assert_array_equal(columns["reference_loss"], columns["tokens"] * np.float32(0.5))
+        np.testing.assert_array_equal(columns["reference_entropy"], columns["segment_ids"] * np.float32(0.25))
     scores.make_losses(corpus, losses, **options)
     assert len(calls) == batches + 2
     assert not list(corpus.directory.rglob("*.parts"))
@@ -103,7 +112,7 @@ def test_scoring_goes_on_where_it_was_interrupted(own, tmp_path):
 def test_scores_of_another_model_tokenizer_or_corpus_stop_the_run(own, reference, tmp_path):
     score(own(reference__path=reference), workdir=tmp_path / "scores")
     corpus = experiment.load_data(own())
-    [directory] = (corpus.directory / scores.COLUMN).glob("[!.]*")
+    [directory] = (corpus.directory / scores.FOLDER).glob("[!.]*")
     other = str(train(own(weighting__algorithm="baseline-mtp", train__steps=1), tmp_path / "other", in_torch))
     cases = [
         (own(reference__path=other), "under another reference"),
@@ -117,21 +126,52 @@ def test_scores_of_another_model_tokenizer_or_corpus_stop_the_run(own, reference
         assert words in str(caught.value) and "\n" not in str(caught.value)
         assert not (tmp_path / "new").exists()
     train(own(reference__path=other, reference__losses="step", train__steps=1), tmp_path / "step", in_torch)
-    file = directory / "0-train.npy"
-    file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(UserError, match="0-train.npy: damaged"):
-        train(own(reference__path=reference), tmp_path / "new")
+    for name in reversed(REFERENCE_COLUMNS):
+        file = directory / f"0-train-{name}.npy"
+        file.write_bytes(file.read_bytes()[:-50])
+        with pytest.raises(UserError, match=f"{file.name}: damaged"):
+            train(own(reference__path=reference, weighting__score="reference_loss" if "loss" in name else "reference_both"),
+                  tmp_path / "new")  # fmt: skip
+
+
+def test_what_an_earlier_version_stored_is_to_be_scored_again(own, reference, tmp_path):
+    """It had no entropies; the run neither takes it nor silently does without."""
+    corpus = experiment.load_data(own())
+    earlier = scores._directory(corpus, model_key(reference), 1)
+    earlier.mkdir(parents=True)
+    manifest = {"model": model_key(reference), "tokenizer": corpus.tokenizer.fingerprint, "corpus": corpus.hash, "format": 1}
+    (earlier / "manifest.json").write_text(json.dumps(manifest))
+    for losses, words in (("auto", "by an earlier version.*score again"), (str(earlier), "another format.*score again")):
+        with pytest.raises(UserError, match=words) as caught:
+            train(own(reference__path=reference, reference__losses=losses), tmp_path / "new")
+        assert "\n" not in str(caught.value)
+    score(own(reference__path=reference), workdir=tmp_path / "scores")
+    train(own(reference__path=reference, train__steps=1), tmp_path / "run", in_torch)
 
 
 def test_self_reference_trains_the_reference_on_the_very_data(own, tmp_path):
     config = own(reference__steps=3)
     score(config, workdir=tmp_path / "scores", self_reference=True)
     corpus = experiment.load_data(config)
-    [manifest] = (corpus.directory / scores.COLUMN).glob("*/manifest.json")
+    [manifest] = (corpus.directory / scores.FOLDER).glob("*/manifest.json")
     told = json.loads(manifest.read_text())
     assert told["self_reference"] and told["corpus"] == corpus.hash and told["tokenizer"] == corpus.tokenizer.fingerprint
-    run = train(own(reference__path=str(tmp_path / "scores" / "reference"), train__steps=1), tmp_path / "run", in_torch)
+    path = str(tmp_path / "scores" / "reference")
+    run = train(own(reference__path=path, train__steps=1, weighting__score="reference_both"), tmp_path / "run", in_torch)
     assert not (run / "reference").exists()
+    # What is stored, from the reference's logits; and of the first tokens, which nothing predicts, nothing.
+    definition, parameters, _ = load_model(path)
+    rows = corpus.sources[0].validation[:]
+    tokens, ids = rows["tokens"].astype(np.int32), rows["segment_ids"].astype(np.int32)
+    log_p = np.asarray(jax.nn.log_softmax(merge(definition, parameters).logits(tokens, ids, positions(ids))[:, :, 0]), np.float64)
+    loss, entropy = np.zeros(tokens.shape), np.zeros(tokens.shape)
+    for b, t in zip(*np.nonzero(positions(ids)), strict=True):
+        loss[b, t] = -log_p[b, t - 1, tokens[b, t]]
+        entropy[b, t] = -(np.exp(log_p[b, t - 1]) * log_p[b, t - 1]).sum()
+    assert entropy.std() > 0.01
+    for name, expected in zip(REFERENCE_COLUMNS, (loss, entropy), strict=True):
+        stored = np.load(manifest.parent / f"0-validation-{name}.npy")
+        np.testing.assert_allclose(np.where(ids > 0, stored, 0), np.where(ids > 0, expected, 0), atol=2e-5)
     with pytest.raises(UserError, match="--self_reference trains the reference"):
         score(own(reference__path="somewhere"), workdir=tmp_path / "s", self_reference=True)
 

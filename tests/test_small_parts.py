@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wmtp_jax import summary
+from wmtp_jax import cli, summary
 from wmtp_jax.devices import peak_flops
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.evaluation.metrics import evaluate
@@ -62,6 +63,19 @@ def test_a_file_error_elsewhere_is_not_blamed_on_the_directory(tmp_path):
         raise OSError(28, "No space left on device", str(tmp_path / "file"))
     with pytest.raises(PermissionError), disk_errors(tmp_path, setting="--workdir"):
         raise PermissionError(13, "Permission denied", "/elsewhere/file")
+
+
+def test_an_error_is_one_line_with_all_that_it_says(monkeypatch, capsys):
+    """Also where it quotes text with a line's end written out, or passes on several lines: the remedy comes last."""
+    monkeypatch.setattr(sys, "argv", ["command"])
+
+    def main():
+        raise UserError(f"first for {'def f():' + chr(10)!r} (it said:\ntwo lines); do this")
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, description="")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: first for 'def f():\\n' (it said: two lines); do this\n"
 
 
 def test_meter_leaves_out_compilation_and_pauses():

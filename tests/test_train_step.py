@@ -21,7 +21,7 @@ from wmtp_jax.train_step import (
     initial_state,
     inspect_tokens,
     loss_and_gradients,
-    reference_loss,
+    reference_entries,
     train_step,
 )
 
@@ -37,6 +37,7 @@ ALGORITHMS = {
     "weighted-softmax": Weighting(algorithm="rho1-weighted", form="softmax_over_heads"),
     "weighted-sequence": Weighting(algorithm="rho1-weighted", scope="sequence"),
     "tokenskip-batch": Weighting(algorithm="rho1-tokenskip", scope="batch"),
+    "tokenskip-both": Weighting(algorithm="rho1-tokenskip", score="reference_both"),
     "confidence": Weighting(algorithm="confidence"),
     "focal-position": Weighting(algorithm="focal", scope="position"),
     "entropy": Weighting(algorithm="entropy", scope="batch"),
@@ -101,7 +102,8 @@ def test_reference_loss_is_the_loss_of_the_same_target(alignment):
     """Literal loops over the reference's own logits; entries behind the mask mean nothing."""
     reference = make_reference(H if alignment == "same_prefix" else 1)
     batch = make_batch()
-    got = np.asarray(reference_loss(reference, batch, alignment=alignment))
+    settings = Weighting(algorithm="rho1-weighted", alignment=alignment)
+    got = np.asarray(reference_entries(reference, batch, settings=settings)["reference_loss"])
     logits = merge(*reference).logits(batch["tokens"], batch["segment_ids"], batch["positions"])
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     tokens, mask = np.asarray(batch["tokens"]), np.asarray(batch["mask"])

@@ -100,7 +100,7 @@ def _batch(config: ConfigDict, heads: int, rewards: bool, stored_losses: bool) -
     if rewards:
         shapes |= {"rewards": (shape, np.float32), "rewarded": (shape, np.bool_)}
     if stored_losses:
-        shapes["reference_loss"] = (shape, np.float32)
+        shapes |= {name: (shape, np.float32) for name in weighting_settings(config).reference_columns}
     return {name: jax.ShapeDtypeStruct(*description) for name, description in shapes.items()}
 
 

@@ -141,11 +141,13 @@ def run(main: Callable[..., None], *, description: str, required: tuple[str, ...
 
 
 def _fail(error: Exception, code: int) -> None:
-    print(f"error: {shown(_first_line(error))}", file=sys.stderr)
+    # All of it in one line: what a library said may have several, and the remedy often comes last.
+    print(f"error: {shown(' '.join(str(error).splitlines()))}", file=sys.stderr)
     sys.exit(code)
 
 
 def _first_line(error: BaseException) -> str:
+    """What absl or a recipe said, without its quotes and further lines."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     # A KeyError that was passed on arrives as the repr of its message.
     text = text.replace("\\n", "\n").replace("\\'", "'")

@@ -32,6 +32,7 @@ SCORE_FORMS = ("default", "exponential", "top_fraction", "softmax_over_heads")
 # The algorithms that are a score turned into a weight, so that the form of the weight is a choice.
 SCORED_ALGORITHMS = ("critic-wmtp", "rho1-weighted", "rho1-tokenskip", "gradient")
 HYBRID_MEMBERS = ("confidence", "focal", "entropy", "gradient", "head-decay")
+REFERENCE_SCORES = ("excess_loss", "reference_loss", "reference_entropy", "reference_both")
 SCOPES = ("position", "sequence", "batch", "head")
 HEAD_KINDS = ("linear", "block", "sequential")
 # An early-stopping or best-checkpoint metric is one of the evaluation's, and lower is better for all of them.
@@ -114,6 +115,12 @@ def defaults() -> ConfigDict:
     c.weighting = ConfigDict()
     c.weighting.algorithm = "baseline-mtp"  # one of ALGORITHMS
     c.weighting.form = "default"  # how a score becomes a weight: default (the algorithm's own) or one of SCORE_FORMS
+    # what ranks tokens in the rho1 algorithms: excess_loss, over the reference; or the reference alone, as in Rho-1's appendix
+    # where there is no clean data (python -m wmtp_jax.score --self_reference): reference_loss, its -log P(x[t] | x[<t]);
+    # reference_entropy, that of its P(. | x[<t]); reference_both, what top_fraction keeps by the one and by the other as well.
+    # Kept are the lowest. That is our reading of the authors' hypothesis, that what helps is to leave out noisy tokens; neither
+    # their full text nor their code was at hand to check it
+    c.weighting.score = "excess_loss"
     c.weighting.scope = "head"  # within what the weights have mean one: position | sequence | batch | head
     c.weighting.fraction = 0.7  # top_fraction: the share that is kept
     c.weighting.temperature = 1.0  # exponential: of the standardised scores

@@ -11,6 +11,7 @@ from wmtp_jax.config import (
     ALGORITHMS,
     HEAD_KINDS,
     HYBRID_MEMBERS,
+    REFERENCE_SCORES,
     REWARD_SOURCES,
     SCOPES,
     SCORE_FORMS,
@@ -114,6 +115,10 @@ def _check_weighting(config: ConfigDict) -> None:
         _refuse("weighting.form", c.form, " | ".join(SCORE_FORMS))
     if c.form != "default" and c.algorithm not in SCORED_ALGORITHMS:
         _refuse("weighting.form", c.form, f"'default' for {c.algorithm}: it makes its weights without a score")
+    if c.score not in REFERENCE_SCORES:
+        _refuse("weighting.score", c.score, " | ".join(REFERENCE_SCORES))
+    if c.score != "excess_loss":
+        _check_reference_score(c)
     if c.scope not in SCOPES:
         _refuse("weighting.scope", c.scope, " | ".join(SCOPES))
     if not 0 < c.fraction <= 1 or abs(c.fraction * 1000 - round(c.fraction * 1000)) > 1e-9:
@@ -135,6 +140,17 @@ def _check_weighting(config: ConfigDict) -> None:
             _refuse("weighting.members", member, " | ".join(HYBRID_MEMBERS))
     if config.weighting.scope == "position" and config.model.heads.count == 1 and c.algorithm != "baseline-mtp":
         _refuse("weighting.scope", c.scope, "sequence, batch or head where model.heads.count is 1: one head has nothing to share")
+
+
+def _check_reference_score(c: ConfigDict) -> None:
+    if ALGORITHMS[c.algorithm] != "reference":
+        _refuse("weighting.score", c.score, f"'excess_loss' for {c.algorithm}: it asks no reference")
+    if c.score == "reference_both" and c.form != "top_fraction" and (c.form, c.algorithm) != ("default", "rho1-tokenskip"):
+        must = "another than reference_both unless the form is top_fraction: it is what two such choices both keep"
+        _refuse("weighting.score", c.score, must + " (rho1-tokenskip, or config.weighting.form=top_fraction)")
+    for key, value in (("signed", True), ("threshold", 0.0)):
+        if c[key] != value:
+            _refuse(f"weighting.{key}", c[key], f"{value} where weighting.score = {c.score!r}: it belongs to excess_loss")
 
 
 def _check_reference(config: ConfigDict) -> None:

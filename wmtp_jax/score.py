@@ -1,12 +1,16 @@
-"""Scores a data set once, for every later run: a reference's losses for the rho1 algorithms, rewards for critic-wmtp.
+"""Scores a data set once, for every later run: of a reference for the rho1 algorithms, loss and entropy; rewards for critic-wmtp.
 
 python -m wmtp_jax.score --config=configs/rho1_tokenskip.py --config.reference.path=runs/reference
 
 The scores are kept beside the tokens, keyed by model, tokenizer and data; a run with the same recipe picks them up and makes
 no forward pass of the reference. The same command goes on where it was interrupted.
 
---self_reference trains the reference on the very data first, and scores as any reference does: tokens are then ranked by the
-excess loss over a model that has seen them. Choosing by the reference's entropy as well (arXiv 2404.07965, appendix) is not done.
+--self_reference trains the reference on the very data first, for when there is no clean data. Rho-1's appendix (arXiv 2404.07965)
+then chooses tokens by the reference alone, its loss, its entropy, or both, and so does a run with
+
+--config.weighting.score=reference_loss | reference_entropy | reference_both --config.reference.path=WORKDIR/reference
+
+where config.py says how this is read. Without it, tokens are ranked by the excess loss over a model that has seen them.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ if __name__ == "__main__":
         "self_reference",
         False,
         "Train the reference on this very data first (config.reference.model, config.reference.steps), for when there is no "
-        "clean data to train one on (arXiv 2404.07965, appendix, without its choice by entropy).",
+        "clean data to train one on (arXiv 2404.07965, appendix; config.weighting.score has its choices of tokens).",
     )
     cli.define_device_flag()
     cli.run(main, description=__doc__, required=("config",))

@@ -1,6 +1,6 @@
-"""What a model says of every token of a corpus, computed once and kept beside the tokens: a reference's losses.
+"""What a model says of every token of a corpus, computed once and kept beside the tokens: a reference's losses and entropies.
 
-They lie in `CORPUS/reference_loss/KEY/`, one file a source and side, KEY being the hash of the model; the corpus's own
+They lie in `CORPUS/reference_loss/KEY/`, two files a source and side, KEY being the hash of the model; the corpus's own
 directory is that of its documents and its tokenizer. What was computed before an interruption is kept in parts and not
 computed again.
 """
@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from wmtp_jax.data import cache
 from wmtp_jax.data.corpus import Corpus, PackedSource
 from wmtp_jax.data.scan import SPLITS
 from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.settings import REFERENCE_COLUMNS
 
-COLUMN = "reference_loss"
-_FORMAT = 1
+FOLDER = "reference_loss"
+_FORMAT = 2  # 1 had no entropies
 _BATCHES_A_PART = 16
 
-# tokens, segment_ids [B, S] -> [B, S] float32
-RowScore = Callable[[np.ndarray, np.ndarray], np.ndarray]
+# tokens, segment_ids [B, S] -> what each of REFERENCE_COLUMNS holds, [B, S] float32
+RowScore = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, ...]]
 
 
 def row_batches(
@@ -95,11 +96,12 @@ def _part(path: Path, results: list[Callable[[], np.ndarray]]) -> np.ndarray:
 def make_losses(
     corpus: Corpus, score: RowScore, *, facts: dict[str, Any], batch_rows: int, progress: Callable[[int, int], None]
 ) -> Path:
-    """Computes a reference's loss on every token of the corpus, or finds it computed, and says where it lies.
+    """Computes a reference's loss on every token of the corpus and its entropy there, or finds them computed, and says where
+    they lie.
 
     Args:
       corpus: what is scored.
-      score: tokens, segment_ids `[B, S]` -> `[B, S]`, entry t is -log P(x[t] | x[<t]), 0 at a segment's first token.
+      score: see `stage.Backend.next_token_statistics`.
       facts: JSON values that say what scored: `model`, its key, and more for people.
       batch_rows: B.
       progress: called with the rows done and all rows, after every part.
@@ -125,15 +127,19 @@ def _build(
 
         def results(packed: PackedSource = packed, side: str = side) -> Iterator[Callable[[], np.ndarray]]:
             for count, tokens, segment_ids, _ in row_batches(packed, side, batch_rows):
-                yield lambda n=count, t=tokens, s=segment_ids: score(t, s)[:n].astype(np.float32)
+                yield lambda n=count, t=tokens, s=segment_ids: np.stack(score(t, s))[:, :n].swapaxes(0, 1).astype(np.float32)
 
-        with _path(directory, number, side).open("wb") as file:
+        with ExitStack() as opened:
+            files = [opened.enter_context(_path(directory, number, side, name).open("wb")) for name in REFERENCE_COLUMNS]
             header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for part in in_parts(parts, f"{batch_rows}-{number}-{side}", results()):
+            for file in files:
+                np.lib.format.write_array_header_1_0(file, header)
+            for part in in_parts(parts, f"{batch_rows}-{number}-{side}", results()):  # [rows, columns, S]
                 if not np.isfinite(part).all():
-                    raise UserError(f"config.reference.path: a loss on {packed.name} ({side}) is not finite; the model is broken")
-                file.write(np.ascontiguousarray(part).tobytes())
+                    where = f"config.reference.path: a loss or entropy on {packed.name} ({side})"
+                    raise UserError(f"{where} is not finite; the model is broken")
+                for file, column in zip(files, part.swapaxes(0, 1), strict=True):
+                    file.write(np.ascontiguousarray(column).tobytes())
                 done += len(part)
                 progress(done, total)
     about = {**facts, "corpus": corpus.hash, "tokenizer": corpus.tokenizer.fingerprint, "format": _FORMAT}
@@ -156,16 +162,20 @@ def find_losses(corpus: Corpus, setting: str, model: Callable[[], str]) -> Path 
     if setting != "auto":
         _check(storage.local(setting), corpus, model())
         return storage.local(setting)
-    kept = [path.parent for path in (corpus.directory / COLUMN).glob("[!.]*/manifest.json")]
+    kept = [path.parent for path in (corpus.directory / FOLDER).glob("[!.]*/manifest.json")]
     kept = [path for path in kept if not path.suffix]  # not what another process is making
     if not kept:
         return None
-    wanted = _directory(corpus, model())
+    key = model()
+    wanted = _directory(corpus, key)
     if wanted in kept:
         return wanted
+    remedy = "with python -m wmtp_jax.score, or set config.reference.losses=step to compute them in every step"
+    for earlier in (_directory(corpus, key, version) for version in range(1, _FORMAT)):
+        if earlier in kept:
+            raise UserError(f"{earlier}: was made by an earlier version, without the reference's entropies; score again {remedy}")
     raise UserError(
-        f"{kept[0]}: holds this data's losses under another reference than config.reference.path; score it with "
-        "python -m wmtp_jax.score, or set config.reference.losses=step to compute them in every step"
+        f"{kept[0]}: holds this data's losses under another reference than config.reference.path; score it {remedy}"
     )
 
 
@@ -186,8 +196,8 @@ def _check(directory: Path, corpus: Corpus, model: str) -> None:
             )
 
 
-def with_losses(corpus: Corpus, directory: Path) -> Corpus:
-    """The corpus with the column `reference_loss [N, S]` float32 of stored losses.
+def with_losses(corpus: Corpus, directory: Path, names: tuple[str, ...] = REFERENCE_COLUMNS) -> Corpus:
+    """The corpus with these of `REFERENCE_COLUMNS`, `[N, S]` float32 each, as they were stored.
 
     Raises:
       UserError: a file is missing, or is not of the rows' shape.
@@ -196,26 +206,30 @@ def with_losses(corpus: Corpus, directory: Path) -> Corpus:
     for number, source in enumerate(corpus.sources):
         columns.append({})
         for side in SPLITS:
-            path = _path(directory, number, side)
-            try:
-                array = np.load(path, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: damaged or missing ({error}); remove {directory} and score again") from error
-            if array.shape != getattr(source, side).columns["tokens"].shape or array.dtype != np.float32:
-                raise UserError(f"{path}: {array.dtype} {array.shape}, other than the rows; remove {directory} and score again")
-            columns[-1][side] = {COLUMN: array}
+            shape = getattr(source, side).columns["tokens"].shape
+            columns[-1][side] = {name: _stored(directory, _path(directory, number, side, name), shape) for name in names}
     return corpus.with_columns(columns)
+
+
+def _stored(directory: Path, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: damaged or missing ({error}); remove {directory} and score again") from error
+    if array.shape != shape or array.dtype != np.float32:
+        raise UserError(f"{path}: {array.dtype} {array.shape}, other than the rows; remove {directory} and score again")
+    return array
 
 
 def has_losses(corpus: Corpus) -> bool:
     """Whether its rows hold a reference's losses."""
-    return COLUMN in corpus.sources[0].train.columns
+    return REFERENCE_COLUMNS[0] in corpus.sources[0].train.columns
 
 
-def _directory(corpus: Corpus, model: str) -> Path:
-    name = hashlib.sha256(json.dumps([_FORMAT, model]).encode()).hexdigest()[:32]
-    return corpus.directory / COLUMN / name
+def _directory(corpus: Corpus, model: str, version: int = _FORMAT) -> Path:
+    name = hashlib.sha256(json.dumps([version, model]).encode()).hexdigest()[:32]
+    return corpus.directory / FOLDER / name
 
 
-def _path(directory: Path, number: int, side: str) -> Path:
-    return directory / f"{number}-{side}.npy"
+def _path(directory: Path, number: int, side: str, name: str) -> Path:
+    return directory / f"{number}-{side}-{name}.npy"

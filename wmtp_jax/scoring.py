@@ -64,9 +64,9 @@ def score_data(
     rows, stored = config.train.batch_size, []
     if reference is not None:
         facts = {"model": model_key(path), "path": str(path), "self_reference": self_reference}
-        losses = functools.partial(backend.next_token_loss, reference, where)
+        of_rows = functools.partial(backend.next_token_statistics, reference, where)
         progress = _Rows("reference losses")
-        directory = scores.make_losses(corpus, losses, facts=facts, batch_rows=rows, progress=progress)
+        directory = scores.make_losses(corpus, of_rows, facts=facts, batch_rows=rows, progress=progress)
         stored.append(("reference losses", str(directory)))
     if critic:
         stored.append(("rewards", str(rewards.make_rewards(corpus, experiment.reward_source(reference)))))

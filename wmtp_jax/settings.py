@@ -7,6 +7,9 @@ import math
 
 import numpy as np
 
+# What is kept of a reference beside the tokens, and a batch may bring, `[B, S]` each.
+REFERENCE_COLUMNS = ("reference_loss", "reference_entropy")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
@@ -68,6 +71,7 @@ class Weighting:
 
     algorithm: str = "baseline-mtp"
     form: str = "default"
+    score: str = "excess_loss"
     scope: str = "head"
     fraction: float = 0.7
     temperature: float = 1.0
@@ -86,8 +90,15 @@ class Weighting:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the weights depend on a reference model's losses."""
+        """Whether the weights depend on a reference model."""
         return self.algorithm in ("rho1-weighted", "rho1-tokenskip")
+
+    @property
+    def reference_columns(self) -> tuple[str, ...]:
+        """Of `REFERENCE_COLUMNS`, what is read for these weights: the loss, and the entropy only where they depend on it."""
+        if not self.needs_reference:
+            return ()
+        return REFERENCE_COLUMNS if self.score in ("reference_entropy", "reference_both") else REFERENCE_COLUMNS[:1]
 
     @property
     def needs_values(self) -> bool:

@@ -20,7 +20,14 @@ from wmtp_jax.distributed import ALONE, Processes
 from wmtp_jax.evaluation.metrics import evaluate, value_metrics
 from wmtp_jax.evaluation.row_kinds import row_kinds
 from wmtp_jax.evaluation.token_kinds import KINDS
-from wmtp_jax.experiment import adapter_settings, critic_settings, model_settings, peak_learning_rate, total_steps
+from wmtp_jax.experiment import (
+    adapter_settings,
+    critic_settings,
+    model_settings,
+    peak_learning_rate,
+    total_steps,
+    weighting_settings,
+)
 from wmtp_jax.flops import flops_per_token, trunk_flops_per_token
 from wmtp_jax.mirror import Mirror
 from wmtp_jax.origins import Start, base_settings, describe_base, model_key
@@ -105,7 +112,7 @@ class Stage:
         return scores.has_losses(self.corpus)
 
     def with_stored_losses(self, reference: str | Path) -> Stage:
-        """The stage whose rows hold the losses that were stored for this reference, or itself where none are to be taken.
+        """The stage whose rows hold what was stored of this reference and its weights read, or itself where none is to be taken.
 
         Raises:
           UserError: stored losses are of another model, tokenizer or corpus.
@@ -117,7 +124,8 @@ class Stage:
         if found is None:
             return self
         origins = {**self.origins, "reference_losses": found.name}
-        return dataclasses.replace(self, corpus=scores.with_losses(self.corpus, found), origins=origins)
+        corpus = scores.with_losses(self.corpus, found, weighting_settings(c).reference_columns)
+        return dataclasses.replace(self, corpus=corpus, origins=origins)
 
     def training(
         self,
@@ -265,11 +273,15 @@ class Backend(Protocol):
     @staticmethod
     def load_reference(path: str | Path, device: Any, *, in_step: bool) -> tuple[Any, dict[str, Any]]:
         """A trained or published model as a reference, and the metadata of its checkpoint (published: `model` alone).
-        `in_step`: it is read in every update, by all processes at once; else by `next_token_loss` alone, by each as it likes."""
+        `in_step`: it is read in every update, by all processes at once; else by `next_token_statistics` alone, by each as it
+        likes."""
 
     @staticmethod
-    def next_token_loss(reference: Any, device: Any, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-        """tokens, segment_ids `[B, S]` -> `[B, S]`, entry t is -log P(x[t] | x[<t]), 0 at a segment's first token."""
+    def next_token_statistics(
+        reference: Any, device: Any, tokens: np.ndarray, segment_ids: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """tokens, segment_ids `[B, S]` -> `[B, S]` twice: entry t is -log P(x[t] | x[<t]), and the entropy of P(. | x[<t]),
+        both 0 at a segment's first token."""
 
     @staticmethod
     def load_reward_model(published: Published, device: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -11,7 +11,6 @@ goes on where it stopped.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 from collections.abc import Callable
@@ -241,7 +240,7 @@ class Experiment:
         match self.config.reward.source:
             case "likelihood":
                 return rewards.likelihood(
-                    functools.partial(self.backend.next_token_loss, reference, self.device),
+                    lambda tokens, ids: self.backend.next_token_statistics(reference, self.device, tokens, ids)[0],
                     key=model_key(self._reference_path()),
                     batch_rows=self.config.train.batch_size,
                 )

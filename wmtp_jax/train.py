@@ -53,7 +53,7 @@ from wmtp_jax.train_step import (
     TrainState,
     initial_state,
     inspect_tokens,
-    reference_token_loss,
+    reference_token_statistics,
     shared_states,
     token_values,
     train_step,
@@ -64,8 +64,8 @@ from wmtp_jax.trainable import ALL, Trainable
 
 # `stage.Backend`, which this module is, and the command's entry.
 __all__ = [
-    "NAME", "check_stage", "choose_device", "load_reference", "load_reward_model", "next_token_loss", "print_plan", "processes",
-    "train", "train_model", "train_values",
+    "NAME", "check_stage", "choose_device", "load_reference", "load_reward_model", "next_token_statistics", "print_plan",
+    "processes", "train", "train_model", "train_values",
 ]  # fmt: skip
 
 NAME = "jax"
@@ -110,12 +110,13 @@ def load_reference(path: str | Path, device: Placement, *, in_step: bool) -> tup
     return Reference(definition, device.tree(parameters)), metadata
 
 
-def next_token_loss(
+def next_token_statistics(
     reference: Reference, device: Placement, tokens: np.ndarray, segment_ids: np.ndarray
-) -> np.ndarray:
+) -> tuple[np.ndarray, ...]:
     device = device.own
     batch, rows = device.padded(make_batch({"tokens": tokens, "segment_ids": segment_ids}, num_heads=1))
-    return np.asarray(_token_loss_on(device, reference.definition)(reference.parameters, batch))[:rows]
+    found = _token_statistics_on(device, reference.definition)(reference.parameters, batch)
+    return tuple(np.asarray(entries)[:rows] for entries in found)
 
 
 def load_reward_model(published: Published, device: Placement) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
@@ -139,11 +140,11 @@ def load_reward_model(published: Published, device: Placement) -> Callable[[np.n
 
 
 @functools.cache
-def _token_loss_on(device: Placement, definition: nnx.GraphDef) -> Callable[[Parameters, Batch], jax.Array]:
-    def loss(parameters: Parameters, batch: Batch) -> jax.Array:
-        return reference_token_loss(Reference(definition, parameters), batch)
+def _token_statistics_on(device: Placement, definition: nnx.GraphDef) -> Callable[[Parameters, Batch], tuple[jax.Array, ...]]:
+    def statistics(parameters: Parameters, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return reference_token_statistics(Reference(definition, parameters), batch)
 
-    return device.jit(loss, out=device.whole)
+    return device.jit(statistics, out=device.whole)
 
 
 def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:

@@ -25,8 +25,9 @@ from wmtp_jax.trainable import ALL, Trainable
 
 Array = jax.Array
 # tokens, segment_ids, positions [B, S]; targets, mask [B, S, H]; where they were scored beforehand, reference_loss [B, S]:
-# entry t is -log P(x[t] | x[<t]), 0 at a segment's first token. With a critic, rewards [B, S], a segment's at its last token and
-# 0 elsewhere, and rewarded [B, S] bool, the tokens of the segments that have one. See data/ and rewards.py.
+# entry t is -log P(x[t] | x[<t]), 0 at a segment's first token; where it is read, reference_entropy [B, S], that of P(. | x[<t]).
+# With a critic, rewards [B, S], a segment's at its last token and 0 elsewhere, and rewarded [B, S] bool, the tokens of the
+# segments that have one. See data/ and rewards.py.
 Batch = dict[str, Array]
 
 
@@ -84,28 +85,29 @@ def _statistics_and_states(model: Model, batch: Batch, *, chunk_size: int | None
     return TokenStatistics(*(jnp.concatenate(parts, axis=-1) for parts in zip(*groups, strict=True))), shared
 
 
-def reference_loss(reference: Reference, batch: Batch, *, alignment: str, chunk_size: int | None = None) -> Array:
-    """The reference's loss on every (position, head)'s target, `[B, S, H]`, without gradient.
-
-    `next_token`: of target x[s+1+k] given its own prefix x[<= s+k]; `same_prefix`: given x[<= s], from the reference's
-    own head k.
-    """
-    num_heads = batch["targets"].shape[-1]
-    if alignment == "same_prefix":
-        model = merge(reference.definition, jax.lax.stop_gradient(reference.parameters))
-        return jax.lax.stop_gradient(head_statistics(model, batch, chunk_size=chunk_size).loss)
-    return weighting.align_to_heads(reference_token_loss(reference, batch, chunk_size=chunk_size), num_heads=num_heads)
-
-
-def reference_token_loss(reference: Reference, batch: Batch, *, chunk_size: int | None = None) -> Array:
-    """The reference's next-token loss by token, `[B, S]`, without gradient: entry t is -log P(x[t] | x[<t]), 0 at a segment's
-    first token."""
-    model = merge(reference.definition, jax.lax.stop_gradient(reference.parameters))
+def reference_token_statistics(
+    reference: Reference, batch: Batch, *, chunk_size: int | None = None
+) -> tuple[Array, Array]:
+    """Loss and entropy of the reference at its next token, by token, `[B, S]` each and without gradient: entry t is
+    -log P(x[t] | x[<t]) and the entropy of P(. | x[<t]), both 0 at a segment's first token."""
     next_token = {**batch, "targets": batch["targets"][..., :1]}
-    loss = head_statistics(model, next_token, chunk_size=chunk_size).loss[..., 0]
-    # The loss of token x[t] is made at t - 1.
-    by_token = jnp.where(batch["positions"][:, 1:] > 0, loss[:, :-1], 0.0)
-    return jax.lax.stop_gradient(jnp.pad(by_token, ((0, 0), (1, 0))))
+    loss, entropy, _ = _reference_statistics(reference, next_token, chunk_size=chunk_size)
+
+    def by_token(entries: Array) -> Array:
+        # What is said of token x[t] is made at t - 1.
+        return jnp.pad(jnp.where(batch["positions"][:, 1:] > 0, entries[:, :-1, 0], 0.0), ((0, 0), (1, 0)))
+
+    return by_token(loss), by_token(entropy)
+
+
+def _reference_statistics(reference: Reference, batch: Batch, *, chunk_size: int | None) -> TokenStatistics:
+    model = merge(reference.definition, jax.lax.stop_gradient(reference.parameters))
+    return jax.lax.stop_gradient(head_statistics(model, batch, chunk_size=chunk_size))
+
+
+reference_entries = functools.partial(
+    algorithms.reference_entries, weighting, reference_token_statistics, _reference_statistics
+)
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
@@ -124,13 +126,13 @@ def _batch_weights(
     batch: Batch,
     step: Array,
     seed: int,
-    reference_loss: Array | None,
+    reference: dict[str, Array],
     values: Array | None,
 ) -> Array:
     mask, score = batch["mask"], None
     if settings.needs_values:
         score = token_score(jax.lax.stop_gradient(values), batch["rewards"], batch["segment_ids"], critic=critic)
-    weights = token_weights(settings, statistics, mask, reference_loss=reference_loss, token_score=score)
+    weights = token_weights(settings, statistics, mask, token_score=score, **reference)
     if settings.permute:
         noise = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), mask.shape)
         weights = weighting.permute(weights, mask, noise)
@@ -180,15 +182,10 @@ def loss_and_gradients(
     denominator = batch["mask"].sum().astype(jnp.float32)
     value_denominator = batch["rewarded"].sum().astype(jnp.float32) if critic else None
 
-    def weigh(statistics: TokenStatistics, part: Batch, part_reference: Array | None, values: Array | None) -> Array:
-        return _batch_weights(settings, critic, statistics, part, step, seed, part_reference, values)
+    def weigh(statistics: TokenStatistics, part: Batch, of_reference: dict[str, Array], values: Array | None) -> Array:
+        return _batch_weights(settings, critic, statistics, part, step, seed, of_reference, values)
 
-    def reference_of(part: Batch) -> Array | None:
-        if not settings.needs_reference:
-            return None
-        if "reference_loss" in part:
-            return weighting.align_to_heads(part["reference_loss"], num_heads=part["mask"].shape[-1])
-        return reference_loss(reference, part, alignment=settings.alignment, chunk_size=chunk_size)
+    reference_of = functools.partial(reference_entries, reference, settings=settings, chunk_size=chunk_size)
 
     def forward(trained: Parameters, part: Batch) -> tuple[TokenStatistics, Array | None]:
         model = merge(definition, unite(trained, frozen))
@@ -217,7 +214,7 @@ def loss_and_gradients(
     given = None
     if not settings.is_local:
 
-        def collect(_: None, part: Batch) -> tuple[None, tuple[TokenStatistics, Array | None, Array | None]]:
+        def collect(_: None, part: Batch) -> tuple[None, tuple[TokenStatistics, dict[str, Array], Array | None]]:
             statistics, values = forward(trained, part)
             return None, jax.lax.stop_gradient((statistics, reference_of(part), values))
 
@@ -369,22 +366,17 @@ def inspect_tokens(
     seed: int = 0,
     chunk_size: int | None = None,
 ) -> dict[str, Array]:
-    """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and, where there is a
-    reference, `reference_loss`, each `[B, S, H]`; with a critic, `value [B, S]`. The weights are those that an update after
-    `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
+    """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and what is read of a
+    reference (`reference_loss`, `reference_entropy`), each `[B, S, H]`; with a critic, `value [B, S]`. The weights are those
+    that an update after `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
     model = merge(definition, parameters)
     statistics, shared = _statistics_and_states(model, batch, chunk_size=chunk_size)
-    entries = {"loss": statistics.loss, "entropy": statistics.entropy}
-    if "reference_loss" in batch:
-        entries["reference_loss"] = weighting.align_to_heads(batch["reference_loss"], num_heads=batch["mask"].shape[-1])
-    elif reference_parameters is not None:
-        reference = Reference(reference_definition, reference_parameters)
-        entries["reference_loss"] = reference_loss(
-            reference, batch, alignment=settings.alignment, chunk_size=chunk_size
-        )
+    reference = Reference(reference_definition, reference_parameters)
+    known = reference_entries(reference, batch, settings=settings, chunk_size=chunk_size)
+    entries = {"loss": statistics.loss, "entropy": statistics.entropy, **known}
     if critic:
         entries["value"] = token_values(model, shared)
-    known, values = entries.get("reference_loss"), entries.get("value")
+    values = entries.get("value")
     entries["weight"] = _batch_weights(settings, critic, statistics, batch, jnp.asarray(step), seed, known, values)
     return entries
 

@@ -82,8 +82,11 @@ def load_reference(path: str | Path, device: torch.device, *, in_step: bool) -> 
     return model.to(device).requires_grad_(False), metadata
 
 
-def next_token_loss(reference: Model, device: torch.device, tokens: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-    return steps.reference_token_loss(reference, _batch(tokens, segment_ids, device)).cpu().numpy()
+def next_token_statistics(
+    reference: Model, device: torch.device, tokens: np.ndarray, segment_ids: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    found = steps.reference_token_statistics(reference, _batch(tokens, segment_ids, device))
+    return tuple(x.cpu().numpy() for x in found)
 
 
 def load_reward_model(published: Published, device: torch.device) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -7,6 +7,7 @@ finite is left out by arithmetic, and numbers are read by whoever logs them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,27 +76,22 @@ def _statistics_and_states(model: Model, batch: Batch, *, chunk_size: int | None
 
 
 @torch.no_grad()
-def reference_loss(reference: Model, batch: Batch, *, alignment: str, chunk_size: int | None = None) -> Array:
-    """The reference's loss on every (position, head)'s target, `[B, S, H]`, without gradient.
-
-    `next_token`: of target x[s+1+k] given its own prefix x[<= s+k]; `same_prefix`: given x[<= s], from the reference's
-    own head k.
-    """
-    num_heads = batch["targets"].shape[-1]
-    if alignment == "same_prefix":
-        return head_statistics(reference, batch, chunk_size=chunk_size).loss
-    return weighting.align_to_heads(reference_token_loss(reference, batch, chunk_size=chunk_size), num_heads=num_heads)
-
-
-@torch.no_grad()
-def reference_token_loss(reference: Model, batch: Batch, *, chunk_size: int | None = None) -> Array:
-    """The reference's next-token loss by token, `[B, S]`, without gradient: entry t is -log P(x[t] | x[<t]), 0 at a segment's
-    first token."""
+def reference_token_statistics(reference: Model, batch: Batch, *, chunk_size: int | None = None) -> tuple[Array, Array]:
+    """Loss and entropy of the reference at its next token, by token, `[B, S]` each and without gradient: entry t is
+    -log P(x[t] | x[<t]) and the entropy of P(. | x[<t]), both 0 at a segment's first token."""
     next_token = {**batch, "targets": batch["targets"][..., :1]}
-    loss = head_statistics(reference, next_token, chunk_size=chunk_size).loss[..., 0]
-    # The loss of token x[t] is made at t - 1.
-    by_token = torch.where(batch["positions"][:, 1:] > 0, loss[:, :-1], 0.0)
-    return torch.nn.functional.pad(by_token, (1, 0))
+    loss, entropy, _ = head_statistics(reference, next_token, chunk_size=chunk_size)
+
+    def by_token(entries: Array) -> Array:
+        # What is said of token x[t] is made at t - 1.
+        return torch.nn.functional.pad(torch.where(batch["positions"][:, 1:] > 0, entries[:, :-1, 0], 0.0), (1, 0))
+
+    return by_token(loss), by_token(entropy)
+
+
+reference_entries = functools.partial(
+    algorithms.reference_entries, weighting, reference_token_statistics, torch.no_grad()(head_statistics)
+)
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
@@ -110,7 +106,7 @@ value_sums = functools.partial(critics.value_sums, torch, weighting)
 @torch.no_grad()
 def _batch_weights(
     settings: Weighting, critic: Critic | None, step: int, seed: int,
-    statistics: TokenStatistics, batch: Batch, reference_loss: Array | None, values: Array | None,
+    statistics: TokenStatistics, batch: Batch, reference: dict[str, Array], values: Array | None,
 ) -> Array:  # fmt: skip
     mask, score = batch["mask"], None
     if step < settings.start_step:
@@ -118,7 +114,7 @@ def _batch_weights(
     if settings.needs_values:
         score = token_score(values, batch["rewards"], batch["segment_ids"], critic=critic)
     statistics = TokenStatistics(*(entry.detach() for entry in statistics))
-    weights = token_weights(settings, statistics, mask, reference_loss=reference_loss, token_score=score)
+    weights = token_weights(settings, statistics, mask, token_score=score, **reference)
     if settings.permute:
         # A function of (seed, step), as in JAX, but not the same numbers: the generators differ.
         generator = torch.Generator().manual_seed(seed << 32 | step)
@@ -157,12 +153,7 @@ def loss_and_gradients(
 
     weigh = functools.partial(_batch_weights, settings, critic, step, seed)
 
-    def reference_of(part: Batch) -> Array | None:
-        if not settings.needs_reference:
-            return None
-        if "reference_loss" in part:
-            return weighting.align_to_heads(part["reference_loss"], num_heads=part["mask"].shape[-1])
-        return reference_loss(reference, part, alignment=settings.alignment, chunk_size=chunk_size)
+    reference_of = functools.partial(reference_entries, reference, settings=settings, chunk_size=chunk_size)
 
     def forward(part: Batch) -> tuple[TokenStatistics, Array | None]:
         statistics, shared = _statistics_and_states(model, part, chunk_size=chunk_size)
@@ -174,8 +165,8 @@ def loss_and_gradients(
             collected = [(*forward(part), reference_of(part)) for part in batches]
         statistics, values, references = zip(*collected, strict=True)
         statistics = TokenStatistics(*map(_whole, zip(*statistics, strict=True)))
-        values, references = (None if parts[0] is None else _whole(parts) for parts in (values, references))
-        weights = weigh(statistics, batch, references, values)
+        of_reference = {name: _whole([part[name] for part in references]) for name in references[0]}
+        weights = weigh(statistics, batch, of_reference, None if values[0] is None else _whole(values))
         given = [part["weights"] for part in _parts({"weights": weights}, accumulation)]
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -213,7 +204,7 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
     return [{name: x[number::count] for name, x in batch.items()} for number in range(count)]
 
 
-def _whole(parts: tuple[Array, ...]) -> Array:
+def _whole(parts: Sequence[Array]) -> Array:
     """What `_parts` took apart."""
     return torch.stack(parts, dim=1).flatten(0, 1)
 
@@ -275,19 +266,15 @@ def inspect_tokens(
     model: Model, batch: Batch, step: int, *, settings: Weighting, critic: Critic | None = None,
     reference: Model | None = None, seed: int = 0, chunk_size: int | None = None,
 ) -> dict[str, Array]:  # fmt: skip
-    """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and, where there is a
-    reference, `reference_loss`, each `[B, S, H]`; with a critic, `value [B, S]`. The weights are those that an update after
-    `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
+    """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and what is read of a
+    reference (`reference_loss`, `reference_entropy`), each `[B, S, H]`; with a critic, `value [B, S]`. The weights are those
+    that an update after `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
     statistics, shared = _statistics_and_states(model, batch, chunk_size=chunk_size)
-    entries = {"loss": statistics.loss, "entropy": statistics.entropy}
-    if "reference_loss" in batch:
-        entries["reference_loss"] = weighting.align_to_heads(batch["reference_loss"], num_heads=batch["mask"].shape[-1])
-    elif reference is not None:
-        options = {"alignment": settings.alignment, "chunk_size": chunk_size}
-        entries["reference_loss"] = reference_loss(reference, batch, **options)
+    known = reference_entries(reference, batch, settings=settings, chunk_size=chunk_size)
+    entries = {"loss": statistics.loss, "entropy": statistics.entropy, **known}
     if critic:
         entries["value"] = token_values(model, shared)
-    known, values = entries.get("reference_loss"), entries.get("value")
+    values = entries.get("value")
     entries["weight"] = _batch_weights(settings, critic, step, seed, statistics, batch, known, values)
     return entries
 

@@ -44,6 +44,7 @@ ALGORITHMS = {
     "rho1-weighted": Weighting(algorithm="rho1-weighted"),
     "rho1-weighted, softmax": Weighting(algorithm="rho1-weighted", form="softmax_over_heads"),
     "rho1-tokenskip, same prefix": Weighting(algorithm="rho1-tokenskip", alignment="same_prefix", scope="batch"),
+    "rho1-tokenskip, by both": Weighting(algorithm="rho1-tokenskip", score="reference_both"),
     "critic-wmtp": Weighting(algorithm="critic-wmtp"),
     "critic-wmtp, advantage": Weighting(algorithm="critic-wmtp", signed=False),
     "confidence": Weighting(algorithm="confidence", scope="batch"),
@@ -231,7 +232,7 @@ def test_twenty_updates_of_the_value_stage():
     note("20 updates, value stage: value_loss", worst, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["baseline-mtp", "rho1-tokenskip", "critic-wmtp", "focal"])
+@pytest.mark.parametrize("name", ["baseline-mtp", "rho1-tokenskip", "rho1-tokenskip, by both", "critic-wmtp", "focal"])
 def test_accumulation_equals_the_large_batch_in_torch(name):
     settings, critic = ALGORITHMS[name], CRITICS.get(name)
     whole, parts = torch_curve(settings, critic), torch_curve(settings, critic, accumulation=2)

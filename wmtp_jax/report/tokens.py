@@ -22,7 +22,7 @@ from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.token_kinds import KINDS
 from wmtp_jax.report.runs import Run
 
-BY_HEAD = ("weight", "loss", "reference_loss")
+BY_HEAD = ("weight", "loss", "reference_loss", "reference_entropy")
 QUANTITIES = (*BY_HEAD, "value")
 UNRECORDED = len(KINDS)  # the kind of tokens in files of earlier versions
 MISSING, NOT_FINITE = 65535, 65534  # codes of `pack`
@@ -106,8 +106,8 @@ def files_on(run: Run, documents: Documents) -> dict[int, Path]:
 
 
 def by_token(arrays: dict[str, np.ndarray], documents: Documents) -> dict[str, np.ndarray]:
-    """What is known of every token: `weight`, `loss` and, where there is a reference, `reference_loss`, float64 `[T, H]`, NaN
-    where the token is no target of a head; with a critic, `value [T]`."""
+    """What is known of every token: `weight`, `loss` and what was read of a reference, `reference_loss` and perhaps
+    `reference_entropy`, float64 `[T, H]`, NaN where the token is no target of a head; with a critic, `value [T]`."""
     mask = arrays["mask"]
     found = {}
     for name in BY_HEAD:

@@ -109,7 +109,7 @@
   const state = { head: 0, step: 0, shade: "weight", document: 0, token: 1, runs: [] }; // a document's first token is no target
   const SHADES = {
     weight: "weight", loss: "loss, nats", reference_loss: "reference loss, nats", excess: "excess loss, nats",
-    probability: "probability", value: "value",
+    reference_entropy: "reference entropy, nats", probability: "probability", value: "value",
   };
   let tokens, kinds, shown = [], drawing = 0; // shown: [{run, step, data, spans, note}]
 
@@ -290,7 +290,8 @@
     }
     return best === null ? at : best.i;
   }
-  const COLUMNS = [["weight", "weight", 3], ["loss", "loss", 3], ["reference_loss", "reference loss", 3], ["excess", "excess", 3], ["probability", "probability", -1], ["value", "value", 3]];
+  const COLUMNS = [["weight", "weight", 3], ["loss", "loss", 3], ["reference_loss", "reference loss", 3], ["excess", "excess", 3], ["reference_entropy", "reference entropy", 3], ["probability", "probability", -1], ["value", "value", 3]]
+    .filter(([name]) => name !== "reference_entropy" || "reference_entropy" in map.domains);
   function numbers(one) {
     const token = map.starts[state.document] + state.token;
     return COLUMNS.map(([name, label, n]) => {
