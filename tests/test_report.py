@@ -82,6 +82,8 @@ def write_run(
     reference = generator.gamma(2, 1, shape).astype(np.float32)
     for step in steps:
         entries = {"loss": generator.gamma(2, 1.5, shape), "weight": generator.gamma(1, 1, shape), "reference_loss": reference}
+        if algorithm == "rho1-tokenskip" and evaluated:
+            entries |= {"reference_entropy": reference / 2}
         if algorithm == "critic-wmtp":
             entries |= {"value": generator.normal(size=shape[:2])}
         entries = {name: value.astype(np.float32) for name, value in entries.items()}
@@ -155,8 +157,10 @@ def page(browser, page_file):
 def entry(run, step, name, token, head):
     """The number in the run's file that is about a token of its first document, float; NaN where there is none."""
     with np.load(run / "tokens" / f"{step}.npz") as arrays:
+        if name not in arrays:
+            return math.nan
         if name == "value":
-            return float(arrays["value"][0, token]) if "value" in arrays else math.nan
+            return float(arrays["value"][0, token])
         place = token - 1 - head
         return float(arrays[name][0, place, head]) if place >= 0 and arrays["mask"][0, place, head] else math.nan
 
@@ -181,7 +185,8 @@ def assert_told(page, runs, *, step, token, head):
     assert shown.keys() == {run.name for run in runs}
     for run in runs:
         loss = entry(run, step, "loss", token, head)
-        expected = {name: entry(run, step, name, token, head) for name in ("weight", "loss", "reference_loss", "value")}
+        names = ("weight", "loss", "reference_loss", "reference_entropy", "value")
+        expected = {name: entry(run, step, name, token, head) for name in names}
         for name, value in expected.items():
             text = shown[run.name][name]
             assert text == "–" if math.isnan(value) else float(text.replace("−", "-")) == pytest.approx(value, abs=6e-4)

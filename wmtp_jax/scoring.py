@@ -68,6 +68,9 @@ def score_data(
         progress = _Rows("reference losses")
         directory = scores.make_losses(corpus, of_rows, facts=facts, batch_rows=rows, progress=progress)
         stored.append(("reference losses", str(directory)))
+        if self_reference:
+            by_it_alone = "; by this reference alone: --config.weighting.score=reference_both"
+            stored.append(("runs that take them up", f"--config.reference.path={path}{by_it_alone}"))
     if critic:
         stored.append(("rewards", str(rewards.make_rewards(corpus, experiment.reward_source(reference)))))
     print(summary.facts("scores (kept beside the tokens; runs on this data pick them up)", stored))

@@ -34,9 +34,10 @@ def plan_rows(stage: Stage, parameters: int) -> list[tuple[str, str]]:
     rows, length = config.train.batch_size, config.data.sequence_length
     steps, two_passes = total_steps(config, corpus), config.train.accumulation > 1 and not weighting.is_local
     epochs = steps * rows / rows_per_epoch(corpus)
+    score = f"score {weighting.score}, " if weighting.needs_reference else ""
     return [
         *([("start", f"{config.pretrained.path}, trained: {config.pretrained.trainable}")] if config.pretrained.path else []),
-        ("algorithm", f"{config.weighting.algorithm}, form {config.weighting.form}, scope {config.weighting.scope}"),
+        ("algorithm", f"{config.weighting.algorithm}, {score}form {config.weighting.form}, scope {config.weighting.scope}"),
         *first,
         ("model", f"{settings.layers} layers, width {settings.width}, {settings.num_heads} {settings.head_kind} heads"),
         ("parameters", f"{parameters:,}"),

@@ -291,7 +291,7 @@
     return best === null ? at : best.i;
   }
   const COLUMNS = [["weight", "weight", 3], ["loss", "loss", 3], ["reference_loss", "reference loss", 3], ["excess", "excess", 3], ["reference_entropy", "reference entropy", 3], ["probability", "probability", -1], ["value", "value", 3]]
-    .filter(([name]) => name !== "reference_entropy" || "reference_entropy" in map.domains);
+    .filter(([name]) => name !== "reference_entropy" || map?.domains.reference_entropy);
   function numbers(one) {
     const token = map.starts[state.document] + state.token;
     return COLUMNS.map(([name, label, n]) => {
