@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.published_llama import gguf_file, reference_model
+from wmtp_jax import storage
 from wmtp_jax.data.tokenizer import load_tokenizer
 from wmtp_jax.errors import UserError
 from wmtp_jax.model import Model, ModelSettings
@@ -529,6 +530,15 @@ def test_paths_and_hub_names(saved, tmp_path, monkeypatch):
     reference.write_text(commit)
     assert open_pretrained("someone/some-model").revision == commit
     refused("someone/some-model@other", "cache")
+
+
+def test_weights_in_object_storage_are_those_of_the_directory(saved, s3, tmp_path):
+    directory, model = saved("llama")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    for name, where in (("whole", directory), ("shards", tmp_path / "shards")):
+        storage.upload(f"{s3}/{name}", {path.name: path for path in where.iterdir()})
+        assert_same_parameters(parameters_of(f"{s3}/{name}"), parameters_of(directory))
+    refused(f"{s3}/nothing", f"{s3}/nothing")
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>"], ids=["hangs up", "sign-in page"])

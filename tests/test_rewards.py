@@ -109,6 +109,26 @@ def test_constant_infinite_and_missing_rewards_are_refused_and_leave_nothing(cor
     assert not list((corpus.directory / "rewards").glob("*.partial"))
 
 
+def test_rewards_go_on_where_they_were_interrupted(corpus):
+    calls: list = []
+    whole = lengths("interrupted", calls)
+    small = dataclasses.replace(whole, batch_rows=1)
+
+    def interrupted(*rows):
+        if len(calls) == 21:
+            raise KeyboardInterrupt
+        return whole.score(*rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        with_rewards(corpus, dataclasses.replace(small, score=interrupted))
+    columns = with_rewards(corpus, small).sources[0].train[:]
+    # Of 21 batches, 16 had been kept.
+    assert len(calls) == sum(map(len, (corpus.sources[0].train, corpus.sources[0].validation))) + 5
+    again = with_rewards(corpus, dataclasses.replace(small, key="in one go")).sources[0].train[:]
+    np.testing.assert_array_equal(columns["rewards"], again["rewards"])
+    assert not list((corpus.directory / "rewards").glob(".*.parts"))
+
+
 def test_labels_are_the_rewards_of_unit_tests(corpus):
     """Labels on every token of a segment become one standardised number at its end."""
     [source] = corpus.sources

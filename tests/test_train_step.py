@@ -12,8 +12,10 @@ import optax
 import pytest
 from flax import nnx
 
+import wmtp_jax.train as in_jax
 from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.model import Model, ModelSettings, merge, split
+from wmtp_jax.placement import Placement
 from wmtp_jax.settings import Weighting
 from wmtp_jax.train_step import (
     Reference,
@@ -270,3 +272,14 @@ def test_reference_receives_no_gradient_and_keeps_its_parameters():
 
     gradients = jax.jit(jax.grad(loss))(reference.parameters)
     assert all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(gradients))
+
+
+def test_an_update_takes_over_the_memory_of_the_state():
+    """What the trainer compiles: by the compiler's count, every array of the new state lies where the old one was."""
+    definition, parameters = make_model()
+    optimizer = optax.adamw(1e-3)
+    state = initial_state(parameters, optimizer)
+    step = functools.partial(train_step, definition=definition, optimizer=optimizer, settings=Weighting())
+    update = in_jax._jit_update(Placement(jax.devices()[0]), step, state)
+    memory = update.lower(state, make_batch(), None).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
