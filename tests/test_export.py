@@ -368,7 +368,7 @@ def test_meta_with_its_own_tokenizer(run, tmp_path):
     kinds = [2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 259)]
     (tmp_path / "params.json").write_text("{}")
     model = write_sentencepiece(tmp_path / "tokenizer.model", pieces, [-float(i) for i in range(len(pieces))], kinds)
-    directory, _ = run(dataclasses.replace(LLAMA, head_kind="block"))
+    directory, _ = run(dataclasses.replace(LLAMA, head_kind="block", vocabulary_size=len(pieces)))
     load_tokenizer(tmp_path).save(directory / "tokenizer")
     said = []
     export(directory, to="meta", output=tmp_path / "meta", say=said.append)
@@ -620,6 +620,15 @@ def test_wrong_arguments_are_refused(run, tmp_path):
         export(directory, to="hf", output=tmp_path / "file" / "out")
     (directory / "tokenizer").rename(directory / "elsewhere")
     refused("tokenizer", checkpoint=directory, to="hf", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("rows", [WORDS // 2, 2 * WORDS])
+def test_a_tokenizer_that_is_not_the_weights_is_refused(rows, tokenizer, tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=rows, **sizes)).save_pretrained(tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    refused("--checkpoint=", f"a vocabulary of {rows}, the tokenizer one of {WORDS}", checkpoint=tmp_path / "base", to="hf",
+            output=tmp_path / "out")  # fmt: skip
 
 
 def test_an_export_into_object_storage_is_the_one_on_disk(run, s3, tmp_path, monkeypatch):

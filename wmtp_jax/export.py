@@ -32,7 +32,7 @@ from wmtp_jax.data.build import stop_cleanly
 from wmtp_jax.data.cache import cache_directory
 from wmtp_jax.data.tokenizer import Tokenizer, load_tokenizer
 from wmtp_jax.errors import UserError, check_room, disk_errors
-from wmtp_jax.origins import describe_base, is_published, tokenizer_of
+from wmtp_jax.origins import check_vocabulary, describe_base, is_published, tokenizer_of
 from wmtp_jax.parameters_file import check_shapes, read_parameters
 from wmtp_jax.pretrained import open_pretrained
 from wmtp_jax.pretrained.gathering import gather
@@ -132,11 +132,14 @@ def load_whole(path: str | Path) -> tuple[Whole, Tokenizer | None]:
     """The model of a checkpoint (adapters merged, value head left out) or of published weights, and its tokenizer."""
     if is_published(path):
         base = open_pretrained(path)
+        tokenizer = _published_tokenizer(base.path)
+        if tokenizer is not None:
+            check_vocabulary(base, tokenizer, key=f"--checkpoint={path}")
         settings, origin = base.settings, describe_base(base)
         heads = {"num_heads": settings.num_heads, "head_kind": settings.head_kind}
         shapes = {name: leaf.shape for name, leaf in _abstract(settings).items()}
         named = dict(gather(base, shapes, **heads))
-        where, tokenizer = base.path, _published_tokenizer(base.path)
+        where = base.path
     else:
         where = find_checkpoint(path)
         named, metadata = read_parameters(where)

@@ -133,5 +133,5 @@ def check_vocabulary(base: Published, tokenizer: Tokenizer, *, key: str) -> None
     if tokens > rows or rows - tokens > _MOST_PADDING * rows:
         raise UserError(
             f"{key}: {base.path} has a vocabulary of {rows}, the tokenizer one of {tokens}; give weights and tokenizer that "
-            "belong together (config.data.tokenizer names another tokenizer)"
+            "belong together" + (" (config.data.tokenizer names another tokenizer)" if key.startswith("config.") else "")
         )
