@@ -326,6 +326,53 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     assert largest < peak < 3 * largest + 300_000, (peak, largest)
 
 
+def test_new_linear_heads_take_one_reading_of_the_unembedding(saved):
+    opened = open_pretrained(saved("llama")[0])
+    read: list[str] = []
+    counting = dataclasses.replace(opened, read=lambda name: (read.append(name), opened.read(name))[1])
+    heads = nnx.to_pure_dict(nnx.state(place(counting, num_heads=5)))["heads"]
+    assert sorted(set(read)) == sorted(published_shapes(opened.settings))
+    assert read.count("unembedding") == 2  # for head 0, and for all others
+    for head in heads:
+        np.testing.assert_array_equal(head, opened.read("unembedding"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["linear", "block", "sequential"])
+def test_a_process_grows_by_the_model_and_one_tensor(kind, saved, tmp_path):
+    """By the kernel's count of resident memory, with 4 heads. Beside the model and its largest tensor: 12 MiB for
+    layers' tensors, of which two are read at a time, and what jax and malloc keep."""
+    sizes = SIZES | dict(vocab_size=12_000, hidden_size=512, intermediate_size=1024, num_hidden_layers=6)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    program = f"""
+        import math
+        from pathlib import Path
+
+        import jax
+        from flax import nnx
+
+        from wmtp_jax.pretrained import open_pretrained
+        from wmtp_jax.pretrained.placing import place
+        from wmtp_jax.pretrained.published import published_shapes
+
+        def resident(field):
+            [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)]
+            return 1024 * int(line.split()[1])
+
+        place(open_pretrained({str(saved("llama")[0])!r}), num_heads=4, head_kind={kind!r})  # what is made once
+        opened = open_pretrained({str(tmp_path)!r})
+        before = resident("VmRSS")
+        leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(place(opened, num_heads=4, head_kind={kind!r}))))
+        largest = 4 * max(map(math.prod, published_shapes(opened.settings).values()))
+        print(resident("VmHWM") - before, sum(leaf.nbytes for leaf in leaves), largest)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown, model, largest = map(int, done.stdout.split())
+    assert model < grown < model + largest + (12 << 20), (grown, model, largest)
+
+
 def test_reading_needs_no_jax(saved, tmp_path):
     directory, _ = saved("llama")
     write_gguf(tmp_path / "model.gguf", saved("llama")[1])

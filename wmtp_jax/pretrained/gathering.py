@@ -55,6 +55,9 @@ def _gather(path: str, group: list[Tensor], shape: Shape, pool: ThreadPoolExecut
         raise AssertionError(f"{path}: {len(group)} of {shape[0]} parts")
     if stacked:
         whole = own_pages(shape)
+        if len({make for _, make in group}) == 1:  # new heads that all start from the unembedding: read once
+            _fill_alike(whole, group)
+            return whole
         # Reading, widening and transposing let go of the interpreter.
         list(pool.map(functools.partial(_fill, whole), itertools.count(), group))
         return whole
@@ -70,6 +73,12 @@ def _gather(path: str, group: list[Tensor], shape: Shape, pool: ThreadPoolExecut
 def _fill(whole: np.ndarray, index: int, tensor: Tensor) -> None:
     name, make = tensor
     _copy(name, make(), whole[index])
+
+
+def _fill_alike(whole: np.ndarray, group: list[Tensor]) -> None:
+    array = group[0][1]()
+    for index, (name, _) in enumerate(group):
+        _copy(name, array, whole[index])
 
 
 def _copy(name: str, array: np.ndarray, target: np.ndarray) -> None:
