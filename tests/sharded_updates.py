@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import re
+import sys
 
 import jax
 
@@ -149,6 +150,24 @@ def collectives_of_the_loss(dtype: str) -> list[tuple[str, str, str]]:
         loss = lambda h, u, t: token_statistics(h, u, t, chunk_size=8).loss.sum()  # noqa: E731
         gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), in_shardings=lies, out_shardings=(None, tuple(lies[:2])))
         text = gradient.lower(hidden, unembedding, targets).compile().as_text()
+    return collectives(text)
+
+
+def collectives_of_the_update(kind: str) -> list[tuple[str, str, str]]:
+    """The same of loss and gradients of a whole model with rho1-tokenskip weights."""
+    settings = ModelSettings(
+        vocabulary_size=VOCABULARY, width=WIDTH, layers=2, attention_heads=4, kv_heads=2, head_dim=8, mlp_width=64,
+        max_positions=LENGTH, num_heads=HEADS, head_kind=kind,
+    )  # fmt: skip
+    definition, parameters = initial_parameters(settings, 0)
+    context, state, batch = on_mesh((4, 1, 2, 1))
+    function = functools.partial(loss_and_gradients, definition=definition, settings=Weighting(algorithm="rho1-tokenskip"))
+    with context:
+        return collectives(jax.jit(function).lower(state(parameters), batch(make_batch())).compile().as_text())
+
+
+def collectives(text: str) -> list[tuple[str, str, str]]:
+    """(computation, operation, shapes of its result) of all that crosses between devices in a compiled program."""
     found, computation = [], ""
     for line in text.splitlines():
         if line and not line[0].isspace():
@@ -159,7 +178,9 @@ def collectives_of_the_loss(dtype: str) -> list[tuple[str, str, str]]:
     return found
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:] == ["update"]:
+    print(json.dumps({kind: collectives_of_the_update(kind) for kind in ("linear", "block")}))
+elif __name__ == "__main__":
     print(json.dumps({
         "gradients": [found for case in CASES for found in compare_gradients(*case)],
         "states": compare_states(),

@@ -63,6 +63,25 @@ def test_the_loss_gathers_nothing_and_reduces_the_unembeddings_gradient_once(dty
     assert not any("96" in shape.split(",") for _, shape in shapes)
 
 
+@pytest.mark.slow
+def test_a_whole_update_gathers_nothing_and_reduces_each_unembeddings_gradient_once():
+    done = subprocess.run([sys.executable, "-m", "tests.sharded_updates", "update"], cwd=ROOT, capture_output=True, text=True,
+                          timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    for kind, crossings in json.loads(done.stdout.splitlines()[-1]).items():
+        # Where only rows and heads, hidden units and the vocabulary are split, nothing has to be made whole.
+        assert {operation for _, operation, _ in crossings} == {"all-reduce"}, kind
+        shapes = [(where, shape.split(",")) for where, _, text in crossings for shape in re.findall(r"\[([\d,]*)\]", text)]
+        # The vocabulary in one piece. (A number for each of a device's 2 x 16 x 3 targets is an array of 96, too.)
+        assert not any("96" in shape and set(shape) != {"1", "96"} for _, shape in shapes), kind
+        # `linear`: head 0's unembedding, and the two others' stacked; `block`: the one of all.
+        unembeddings = [(where, shape) for where, shape in shapes if shape[-2:] == ["32", "48"]]
+        assert [where for where, _ in unembeddings] == ["ENTRY"] * (2 if kind == "linear" else 1), (kind, unembeddings)
+        # Hidden states are summed over `tensor` as one device has them, 2 of 8 rows: of all rows they would be 8 x 16 x 32.
+        sizes = [math.prod(int(size) for size in shape if size) for _, shape in shapes]
+        assert 2 * 16 * 32 <= max(sizes) < 8 * 16 * 32, (kind, max(sizes))
+
+
 @pytest.mark.parametrize("kind", ["linear", "block", "sequential"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "lora"])
 def test_every_parameter_has_axes(kind, family):

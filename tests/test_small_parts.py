@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wmtp_jax import cli, summary
+from wmtp_jax import cli, devices, summary
 from wmtp_jax.devices import peak_flops
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.evaluation.metrics import evaluate
@@ -160,3 +161,17 @@ def test_settings_that_are_none_of_these_are_refused():
     rule = dict.fromkeys((field.name for field in dataclasses.fields(OptimizerSettings)), 0)
     with pytest.raises(ValueError, match="optimizer 'sgd'"):
         OptimizerSettings(**{**rule, "name": "sgd"})
+
+
+def test_flags_of_the_gpus_compiler_are_added_where_there_is_a_plugin_and_give_way(monkeypatch):
+    name = devices.GPU_FLAGS[0].partition("=")[0]
+    for found, given, wanted in (
+        (None, "--xla_other=1", "--xla_other=1"),
+        ("jax_cuda12_plugin", "--xla_other=1", f"--xla_other=1 {devices.GPU_FLAGS[0]}"),
+        ("jax_cuda13_plugin", "", devices.GPU_FLAGS[0]),
+        ("jax_cuda13_plugin", f"{name}=false", f"{name}=false"),
+    ):
+        monkeypatch.setattr("importlib.util.find_spec", lambda module, found=found: module if module == found else None)
+        monkeypatch.setenv("XLA_FLAGS", given)
+        devices.set_gpu_flags()
+        assert os.environ["XLA_FLAGS"] == wanted
