@@ -14,6 +14,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 
 import numpy as np  # noqa: E402
+import optax  # noqa: E402
 
 from wmtp_jax import sharding  # noqa: E402
 from wmtp_jax.data.targets import positions, shift_targets  # noqa: E402
@@ -21,7 +22,7 @@ from wmtp_jax.losses import token_statistics  # noqa: E402
 from wmtp_jax.model import flatten, initial_parameters  # noqa: E402
 from wmtp_jax.optimizer import make_optimizer  # noqa: E402
 from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting  # noqa: E402
-from wmtp_jax.train_step import initial_state, loss_and_gradients, train_step  # noqa: E402
+from wmtp_jax.train_step import initial_state, loss_and_gradients, train_step, value_step  # noqa: E402
 
 ROWS, LENGTH, HEADS, VOCABULARY, WIDTH = 8, 16, 3, 96, 32
 # Head kind, algorithm, then (data, fsdp, tensor, sequence) and accumulation of each update that is compared.
@@ -137,6 +138,37 @@ def compare_states() -> dict:
     }
 
 
+def compare_value_stage() -> dict:
+    """One update of a value head alone, in 2 micro-batches on 4 devices that split rows and on one device, and what it sends."""
+    settings = ModelSettings(
+        vocabulary_size=VOCABULARY, width=WIDTH, layers=1, attention_heads=4, kv_heads=2, head_dim=8, mlp_width=64,
+        max_positions=LENGTH, num_heads=1, head_kind="linear",
+    )  # fmt: skip
+    definition, parameters = initial_parameters(settings, 0, value_head=True)
+    optimizer, columns = optax.sgd(1.0), make_batch()
+    trunk = {name: leaf for name, leaf in parameters.items() if name != "value_head"}
+    outer = parameters["value_head"]["outer"]  # as above
+    outer["kernel"] = np.random.default_rng(1).normal(0, 0.3, outer["kernel"].shape).astype(np.float32)
+    start = initial_state({"value_head": parameters["value_head"]}, optimizer)
+
+    def updated(sizes, accumulation):
+        context, state, batch = on_mesh(sizes)
+        with context:
+            options = {"definition": definition, "optimizer": optimizer, "critic": Critic(), "accumulation": accumulation}
+            function = jax.jit(functools.partial(value_step, **options))
+            arguments = (state(start), batch(columns), state(trunk))
+            return *function(*arguments), collectives(function.lower(*arguments).compile().as_text())
+
+    (alone, metrics, _), (split, others, sent) = updated(None, 1), updated((4, 1, 1, 1), 2)
+    leaves = zip(*(jax.tree.leaves(tree.parameters) for tree in (start, alone, split)), strict=True)
+    return {
+        "loss": abs(float(others.loss) - float(metrics.loss)) / float(metrics.loss),
+        "gradients": max(float(np.abs(b - c).max() / max(np.abs(a - b).max(), 1e-12)) for a, b, c in leaves),
+        "numbers": sum(leaf.size for leaf in jax.tree.leaves(start.parameters)),
+        "sent": sent,
+    }
+
+
 def collectives_of_the_loss(dtype: str) -> list[tuple[str, str, str]]:
     """(computation, operation, shapes of its result) of all that crosses between devices in the loss and its gradient, on 4 x 2
     devices (data x tensor), with chunks of 8 tokens."""
@@ -184,5 +216,6 @@ elif __name__ == "__main__":
     print(json.dumps({
         "gradients": [found for case in CASES for found in compare_gradients(*case)],
         "states": compare_states(),
+        "value stage": compare_value_stage(),
         "loss": {dtype: collectives_of_the_loss(dtype) for dtype in ("float32", "bfloat16")},
     }))  # fmt: skip

@@ -82,6 +82,19 @@ def test_a_whole_update_gathers_nothing_and_reduces_each_unembeddings_gradient_o
         assert 2 * 16 * 32 <= max(sizes) < 8 * 16 * 32, (kind, max(sizes))
 
 
+def test_a_value_stage_agrees_and_reduces_its_gradient_once_an_update(updates):
+    found = updates["value stage"]
+    assert found["loss"] < 2e-6 and found["gradients"] < 5e-6
+    sent = {"ENTRY": 0}
+    for computation, _, shapes in found["sent"]:
+        sizes = (shape.split(",") for shape in re.findall(r"f32\[([\d,]*)\]", shapes))
+        numbers = sum(math.prod(int(size) for size in shape if size) for shape in sizes)
+        sent[computation] = sent.get(computation, 0) + numbers
+    # Beside the gradient, some sums over the batch.
+    assert found["numbers"] <= sent.pop("ENTRY") <= found["numbers"] + 20
+    assert sum(sent.values()) <= 20, sent
+
+
 @pytest.mark.parametrize("kind", ["linear", "block", "sequential"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "lora"])
 def test_every_parameter_has_axes(kind, family):

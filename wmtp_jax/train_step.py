@@ -222,24 +222,45 @@ def loss_and_gradients(
         statistics, references, values = jax.tree.map(whole, collected)
         given = _parts(weigh(statistics, batch, references, values), accumulation)[0]
 
-    # Over `data` the parts of the rows keep sums and gradients of their own, that are reduced once, after the last micro-batch.
-    count = sharding.data_parts()
-    grouped, gradients_of, zeros = lambda x: x, functools.partial(value_and_grad, trained), jax.tree.map(jnp.zeros_like, trained)
+    def sums_and_gradients(part: Batch, given: Array | None) -> tuple[tuple[tuple, Parameters], tuple]:
+        (_, (sums, entries)), gradients = value_and_grad(trained, part, given)
+        return (sums, gradients), entries
+
     zero = jnp.zeros((), jnp.float32)
+    (sums, gradients), entries = _accumulated(sums_and_gradients, trained, (batches, given), start=(zero, zero))
+    return WeightedLoss(*sums, gradients, *jax.tree.map(whole, entries))  # pyrefly: ignore[bad-argument-count]  # two and two
+
+
+def _accumulated(function: Callable, trained: Parameters, parts: Any, *, start: Any) -> tuple[tuple[Any, Parameters], Any]:
+    """Sums and gradients over micro-batches, and the other results of each.
+
+    Over `data` the parts of the rows keep sums and gradients of their own, that are reduced once, after the last micro-batch.
+
+    Args:
+      function: of one micro-batch -> `(sums, gradients), entries`.
+      trained: what the gradients are in.
+      parts: arrays `[A, B / A, ...]`, in a tree.
+      start: zeros like `sums`.
+
+    Returns:
+      The sums and the gradients, and `entries` as `[A, B / A, ...]`.
+    """
+    count, grouped = sharding.data_parts(), lambda x: x
+    zeros = jax.tree.map(jnp.zeros_like, trained)
     if count > 1:
         grouped = lambda x: x.reshape(count, -1, *x.shape[1:])  # noqa: E731
-        gradients_of, zeros, zero = sharding.apart(gradients_of), sharding.stacked(trained), jnp.zeros(count, jnp.float32)
+        function, zeros = sharding.apart(function), sharding.stacked(trained)
+        start = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), start)
 
-    def add(carry: tuple, scanned: tuple[Batch, Array | None]) -> tuple[tuple, tuple]:
-        (_, (sums, entries)), gradients = gradients_of(*jax.tree.map(grouped, scanned))
-        return jax.tree.map(jnp.add, carry, (sums, gradients)), entries
+    def add(carry: Any, part: Any) -> tuple[Any, Any]:
+        found, entries = function(*jax.tree.map(grouped, part))
+        return jax.tree.map(jnp.add, carry, found), entries
 
-    found, entries = jax.lax.scan(add, ((zero, zero), zeros), (batches, given))
+    found, entries = jax.lax.scan(add, (start, zeros), parts)
     if count > 1:
         found = jax.tree.map(lambda x: x.sum(axis=0), found)
-        entries = jax.tree.map(lambda x: x.reshape(accumulation, -1, *x.shape[3:]), entries)
-    (sums, gradients) = found
-    return WeightedLoss(*sums, gradients, *jax.tree.map(whole, entries))  # pyrefly: ignore[bad-argument-count]  # two and two
+        entries = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), entries)
+    return found, entries
 
 
 def _parts(tree: Any, count: int) -> tuple[Any, Callable[[Array], Array]]:
@@ -325,11 +346,11 @@ def value_step(
             values, part["rewards"], part["rewarded"], part["segment_ids"], critic=critic, denominator=denominator
         )
 
-    def add(carry: tuple[Array, Parameters], part: Batch) -> tuple[tuple[Array, Parameters], None]:
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(objective)(state.parameters, part)), None
+    def of_values(part: Batch) -> tuple[tuple[Array, Parameters], None]:
+        return jax.value_and_grad(objective)(state.parameters, part), None
 
-    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.parameters))
-    (loss, gradients), _ = jax.lax.scan(add, start, _parts(batch, accumulation)[0])
+    batches, zero = _parts(batch, accumulation)[0], jnp.zeros((), jnp.float32)
+    (loss, gradients), _ = _accumulated(of_values, state.parameters, (batches,), start=zero)
     state, finite = _apply(state, loss, gradients, optimizer)
     return state, ValueMetrics(loss, optax.tree.norm(gradients), finite)
 
