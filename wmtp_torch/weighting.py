@@ -282,7 +282,7 @@ def softmax_over_heads(scores: Array, mask: Array, *, temperature: float) -> Arr
     """
     scores, mask = _masked(scores, mask)
     check_temperature(temperature)
-    return _mean_one_exp(scores / temperature, mask, scope_axes("position", mask.ndim))
+    return _mean_one_exp(scores, mask, scope_axes("position", mask.ndim), temperature)
 
 
 def exponential(scores: Array, mask: Array, *, temperature: float, low: float, high: float, scope: Scope) -> Array:
@@ -608,11 +608,12 @@ def _mean_one(weights: Array, mask: Array, axes: tuple[int, ...]) -> Array:
     return torch.where(mask, torch.where(mean == 0, 1.0, weights / torch.where(mean == 0, 1.0, mean)), 0.0)
 
 
-def _mean_one_exp(log_weights: Array, mask: Array, axes: tuple[int, ...]) -> Array:
-    """`exp(log_weights)` with mean one, in which only differences count: the largest is taken off first, so nothing overflows."""
-    largest = torch.where(mask, log_weights, -math.inf).amax(dim=axes, keepdim=True)
+def _mean_one_exp(scores: Array, mask: Array, axes: tuple[int, ...], temperature: float = 1.0) -> Array:
+    """`exp(scores / temperature)` with mean one. Only differences count: the largest score is taken off first, so that nothing
+    overflows and what all scores share costs no digits."""
+    largest = torch.where(mask, scores, -math.inf).amax(dim=axes, keepdim=True)
     largest = torch.where(torch.isfinite(largest), largest, 0.0)
-    return _mean_one(torch.exp(torch.where(mask, log_weights - largest, 0.0)), mask, axes)
+    return _mean_one(torch.exp(torch.where(mask, (scores - largest) / temperature, 0.0)), mask, axes)
 
 
 def _standardize(scores: Array, mask: Array, axes: tuple[int, ...]) -> Array:

@@ -525,6 +525,16 @@ def test_softmax_over_heads_never_moves_weight_between_positions(backend):
 
 
 @backends
+def test_what_all_scores_share_costs_softmax_over_heads_no_digits(backend):
+    """Divided by the temperature first, scores of this size would lose 7e-4 of the weights."""
+    shared = (SCORES + np.float32(10_000)).astype(np.float32)
+    weights = backend.call("softmax_over_heads", shared, MASK, temperature=0.7)
+    np.testing.assert_allclose(weights, reference.softmax_over_heads(shared, MASK, temperature=0.7), rtol=2e-6)
+    huge = backend.call("softmax_over_heads", np.full(SHAPE, 1e38, np.float32), MASK, temperature=1e-3)
+    np.testing.assert_array_equal(huge, MASK)
+
+
+@backends
 def test_confidence_is_the_probability_where_it_has_one(backend):
     weights = backend.call("confidence", LOSSES, MASK, scope="batch")
     probability = np.where(MASK, np.exp(-LOSSES.astype(np.float64)), 0)
