@@ -156,11 +156,18 @@ def test_what_is_no_tokenizer(bpe, tmp_path, monkeypatch):
     bpe.save(tmp_path / "ours")
     spec = (tmp_path / "ours" / "tokenizer.json").read_text()
     wordpiece = json.loads(spec) | {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None}
+    damaged = published(tmp_path / "damaged", spec)
+    (damaged / "tokenizer_config.json").write_bytes(b'{"eos_token": "\xff"}')
     cases = {
         "tokenizer.json can't be read": published(tmp_path / "cut", spec[: len(spec) // 2]),
         "no end-of-text token; add": published(tmp_path / "endless", spec),
         "eos_token '</s>', which": published(tmp_path / "odd", spec, tokenizer_config={"eos_token": "</s>"}),
         "eos_token_id 999, which": published(tmp_path / "high", spec, config={"eos_token_id": 999}),
+        "tokenizer_config.json: eos_token = 5: must": published(tmp_path / "number", spec, tokenizer_config={"eos_token": 5}),
+        "eos_token_id 'x', which": published(tmp_path / "text", spec, config={"eos_token_id": "x"}),
+        "eos_token_id [], which": published(tmp_path / "none", spec, config={"eos_token_id": []}),
+        "tokenizer_config.json is not JSON": damaged,
+        "config.json must hold a JSON object": published(tmp_path / "list", spec, config=[1]),
         "neither a byte-level nor a SentencePiece": published(tmp_path / "words", wordpiece),
         "transformers finds no tokenizer there": Path(tmp_path),
         "/no/such/directory: no such directory": "/no/such/directory",

@@ -83,7 +83,7 @@ class Tokenizer:
         self._spelling = _spelling(self._spec, where)
         self.vocabulary_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text_id = _end_of_text_id(files, self._backend, where)
-        self._files = _without_model_files(files, self._backend.id_to_token(self.end_of_text_id))
+        self._files = _without_model_files(files, self._backend.id_to_token(self.end_of_text_id), where)
         self.fingerprint = self._fingerprint()
 
     def encode_batch(
@@ -148,8 +148,8 @@ class Tokenizer:
 
     def special_token_id(self, name: str) -> int | None:
         """The id of what `tokenizer_config.json` names as `bos_token`, `pad_token` and so on; None where it names none."""
-        token = json.loads(self._files["tokenizer_config.json"]).get(name)
-        token = token["content"] if isinstance(token, dict) else token
+        where = "tokenizer_config.json"
+        token = _special_token(_object(self._files, where, "the tokenizer"), name, where)
         return None if token is None else self._backend.token_to_id(token)
 
     @functools.cached_property
@@ -292,33 +292,51 @@ def _convert(directory: Path, name: str) -> dict[str, bytes]:
         return _read_files(Path(scratch))
 
 
-def _end_of_text_id(files: dict[str, bytes], backend: tokenizers.Tokenizer, where: str) -> int:
-    def entry(name: str, key: str) -> Any:
-        return json.loads(files[name]).get(key) if name in files else None
+def _object(files: dict[str, bytes], name: str, where: str) -> dict[str, Any]:
+    """The JSON object in a file; {} where there is no such file."""
+    if name not in files:
+        return {}
+    try:
+        found = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: {name} must hold a JSON object")
+    return found
 
+
+def _special_token(given: dict[str, Any], name: str, where: str) -> str | None:
+    """What a tokenizer_config.json or a special_tokens_map.json names as `eos_token` and the like."""
+    token = given.get(name)
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is not None and not isinstance(token, str):
+        raise UserError(f"{where}: {name} = {token!r}: must be a text")
+    return token
+
+
+def _end_of_text_id(files: dict[str, bytes], backend: tokenizers.Tokenizer, where: str) -> int:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = entry(name, "eos_token")
-        if isinstance(token, dict):
-            token = token["content"]
+        token = _special_token(_object(files, name, where), "eos_token", f"{where}: {name}")
         if token is not None:
             index = backend.token_to_id(token)
             if index is None:
                 raise UserError(f"{where}: {name} names eos_token {token!r}, which tokenizer.json does not have")
             return index
     for name in ("generation_config.json", "config.json"):
-        index = entry(name, "eos_token_id")
-        if isinstance(index, list):
+        index = _object(files, name, where).get("eos_token_id")
+        if isinstance(index, list) and index:
             index = index[0]
         if index is not None:
-            if backend.id_to_token(index) is None:
-                raise UserError(f"{where}: {name} names eos_token_id {index}, which tokenizer.json does not have")
+            if type(index) is not int or not 0 <= index < 1 << 31 or backend.id_to_token(index) is None:
+                raise UserError(f"{where}: {name} names eos_token_id {index!r}, which tokenizer.json does not have")
             return index
     raise UserError(f'{where}: no end-of-text token; add "eos_token" to its tokenizer_config.json')
 
 
-def _without_model_files(files: dict[str, bytes], end_of_text: str) -> dict[str, bytes]:
+def _without_model_files(files: dict[str, bytes], end_of_text: str, where: str) -> dict[str, bytes]:
     """The tokenizer's own files, complete without the model's configuration, which is not ours to save."""
-    config = json.loads(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    config = _object(files, "tokenizer_config.json", where)
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     if config.setdefault("eos_token", end_of_text) is None:
         config["eos_token"] = end_of_text
