@@ -18,7 +18,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from wmtp_jax.errors import UserError
-from wmtp_jax.pretrained.published import Published, Shape, half_split, published_shapes
+from wmtp_jax.pretrained.published import Published, Shape, check_counts, half_split, published_shapes
 from wmtp_jax.pretrained.values import integer, number, refuse
 from wmtp_jax.settings import ModelSettings
 
@@ -75,6 +75,7 @@ def open_file(path: Path) -> Published:
     if metadata.get("split.count", 1) not in (0, 1):
         raise refuse(path, "split.count", metadata["split.count"], "join the parts with llama-gguf-split --merge")
     settings = _settings(metadata, tensors, path)
+    check_counts(settings, len(tensors), path)
     plan = {ours: (_stored_name(ours), shape) for ours, shape in published_shapes(settings).items()}
     for ours, (name, shape) in plan.items():
         stored = shape[::-1] if _transposed(ours) else shape

@@ -129,6 +129,19 @@ def published_shapes(settings: ModelSettings) -> dict[str, Shape]:
     return shapes
 
 
+def check_counts(settings: ModelSettings, tensors: int, where: Path) -> None:
+    """Refuses layers or heads that outnumber the stored tensors, before a list of their names is made.
+
+    Raises:
+      UserError: names the numbers.
+    """
+    if settings.layers + settings.num_heads - 1 > tensors:
+        raise UserError(
+            f"{where}: asks for {settings.layers} layers and {settings.num_heads} heads, and the weights hold {tensors} "
+            "tensors in all"
+        )
+
+
 def with_heads(settings: ModelSettings, *, num_heads: int, head_kind: str, where: Path) -> ModelSettings:
     """The settings of the published model with the heads asked for.
 

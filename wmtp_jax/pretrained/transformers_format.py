@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from wmtp_jax.errors import UserError
-from wmtp_jax.pretrained.published import Published, Shape, published_shapes
+from wmtp_jax.pretrained.published import Published, Shape, check_counts, published_shapes
 from wmtp_jax.pretrained.safetensors_file import StoredTensor, read_header, read_tensor
 from wmtp_jax.pretrained.values import flag, integer, number, read_json, refuse
 from wmtp_jax.settings import ModelSettings
@@ -116,6 +116,7 @@ def open_directory(directory: Path, *, classifier: bool = False) -> Published:
     elif description.exists() and not classifier:
         settings, heads = _described_heads(description, name, settings)
         stored |= heads
+    check_counts(settings, len(stored), where)
     prefix = family.prefix if any(key.startswith(family.prefix) for key in stored) else ""
     plan = {
         ours: _locate(ours, shape, family, prefix, settings, deeper) for ours, shape in published_shapes(settings).items()
