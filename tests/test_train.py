@@ -197,7 +197,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_from_another_run(finished, tiny, tmp_path):
+def test_resume_from_another_run(finished, tiny, tmp_path, capsys):
     """A longer copy of a run goes on where that one ended, with its reference; the same command goes on from there."""
     shutil.copytree(finished, tmp_path / "origin")
     longer = tiny(train__steps=12)
@@ -208,7 +208,10 @@ def test_resume_from_another_run(finished, tiny, tmp_path):
     assert find_checkpoint(tmp_path / "copy" / "reference").name == "4"
     before = json.loads((tmp_path / "copy" / "summary.json").read_text())["before"]
     assert before["step"] == 0
+    words = f"{tmp_path / 'copy'} has checkpoints of its own, and goes on from those"
+    assert words not in capsys.readouterr().out
     train(longer, tmp_path / "copy", resume=str(tmp_path / "origin"))
+    assert words in capsys.readouterr().out
     assert comparable(tmp_path / "copy") == lines
     train(tiny(), tmp_path / "finished", resume=str(tmp_path / "origin"))  # no steps left
     assert comparable(tmp_path / "finished") == comparable(finished)

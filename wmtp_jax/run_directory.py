@@ -97,18 +97,21 @@ def clear(directory: Path) -> bool:
     return bool(found)
 
 
-def adopt(checkpoint: Path, directory: Path) -> None:
+def adopt(checkpoint: Path, directory: Path) -> bool:
     """Makes `directory` go on from a checkpoint of another run: copies it, its run's metrics and the runs of its stages.
 
     Does nothing where `directory` has a checkpoint already, so that the same command goes on from there. The other run is
     only read.
+
+    Returns:
+      Whether it was adopted.
 
     Raises:
       UserError: the checkpoint's directory is not named by its step.
     """
     target = directory / CHECKPOINTS
     if target.is_dir() and any(path.name.isdigit() for path in target.iterdir()):
-        return
+        return False
     if not checkpoint.name.isdigit():
         raise UserError(f"--resume={checkpoint}: a checkpoint's directory is named by its step; give it that name")
     source = checkpoint.parent.parent
@@ -122,6 +125,7 @@ def adopt(checkpoint: Path, directory: Path) -> None:
     # Last, and by a rename: an interrupted copy leaves no checkpoint, and is made again.
     shutil.copytree(checkpoint, directory / ".checkpoint.tmp", dirs_exist_ok=True)
     (directory / ".checkpoint.tmp").rename(target / checkpoint.name)
+    return True
 
 
 def find_checkpoint(path: str | Path) -> Path:

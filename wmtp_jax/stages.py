@@ -122,8 +122,8 @@ def run_experiment(
                 print(f"--resume=never: replacing the run in {workdir}")
             if address:
                 _join_mirror(workdir, address, resume)
-            if origin is not None:
-                run_directory.adopt(origin, workdir)
+            if origin is not None and not run_directory.adopt(origin, workdir):
+                print(f"--resume={resume}: {workdir} has checkpoints of its own, and goes on from those")
         run_directory.check_shared(workdir, processes)
         with StopSignals() as signals, mirrored(
             workdir,

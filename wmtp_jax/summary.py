@@ -47,7 +47,7 @@ def places(directory: Path, tracking_uri: str, tracked: bool) -> list[tuple[str,
         store = redact(tracking_uri) or f"sqlite:///{directory.parent / 'mlflow.db'}"
         shown = store if store.startswith("http") else f"python -m mlflow ui --backend-store-uri {store}"
         rows.append(("MLflow", shown))
-    rows.append(("another algorithm", "make quickstart ALGO=baseline-mtp"))
+    rows.append(("another algorithm", "--config.weighting.algorithm=NAME --workdir=ANOTHER"))
     rows.append(("your own data", "--config.data.sources=\"('text:PATH/**/*.py',)\""))
     return [(name, str(value)) for name, value in rows]
 
