@@ -13,6 +13,7 @@ from wmtp_jax.data.corpus import load_corpus
 from wmtp_jax.errors import UserError
 from wmtp_jax.rewards import (
     RewardSource,
+    kept_of_others,
     likelihood,
     parameters_key,
     reward_model,
@@ -85,6 +86,9 @@ def test_rewards_are_standardised_aligned_and_kept(corpus):
     before = len(calls)
     again = with_rewards(corpus, lengths("a", calls))
     assert len(calls) == before
+    assert kept_of_others(corpus, lengths("a", calls)) == []
+    [other] = kept_of_others(corpus, lengths("b", calls))
+    assert json.loads((other / "manifest.json").read_text())["key"] == "a"
     np.testing.assert_array_equal(again.sources[0].train[:]["rewards"], rewarded.sources[0].train[:]["rewards"])
     with_rewards(corpus, lengths("b", calls))
     assert len(calls) == 2 * before

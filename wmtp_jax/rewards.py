@@ -176,15 +176,24 @@ def with_rewards(corpus: Corpus, source: RewardSource) -> Corpus:
     )
 
 
+def kept_of_others(corpus: Corpus, source: RewardSource) -> list[Path]:
+    """Where rewards of this corpus lie that came of another source, model or version, if there are none of `source`."""
+    kept = sorted(path.parent for path in (corpus.directory / "rewards").glob("[!.]*/manifest.json"))
+    return [] if _directory(corpus, source) in kept else kept
+
+
 def make_rewards(corpus: Corpus, source: RewardSource) -> Path:
     """Computes the rewards of a corpus, or finds them computed, and says where they lie; see `with_rewards`."""
-    key = hashlib.sha256(json.dumps([_FORMAT, source.key]).encode()).hexdigest()[:32]
-    directory = corpus.directory / "rewards" / key
-    parts = directory.with_name(f".{key}.parts")
+    directory = _directory(corpus, source)
+    parts = directory.with_name(f".{directory.name}.parts")
     with disk_errors(corpus.directory, setting="config.data.cache_dir"):
         with kept_parts(parts):
             cache.make_once(directory, lambda partial: _build(corpus, source, partial, parts))
     return directory
+
+
+def _directory(corpus: Corpus, source: RewardSource) -> Path:
+    return corpus.directory / "rewards" / hashlib.sha256(json.dumps([_FORMAT, source.key]).encode()).hexdigest()[:32]
 
 
 def rewards_key(corpus: Corpus, source: RewardSource) -> str:

@@ -193,6 +193,9 @@ class Experiment:
 
         # ---- rewards -------------------------------------------------------------------------------------------------
         source = self.reward_source(reference)
+        if (others := rewards.kept_of_others(self.corpus, source)) and self.last.processes.first:
+            told = f"rewards: those kept for this data are of another source or model ({others[0]})"
+            print(f"{told}; computing those of config.reward.source = {source.name!r}", flush=True)
         corpus = rewards.with_rewards(self.corpus, source)
         origins = {"rewards": rewards.rewards_key(self.corpus, source), "trunk": trunk_key}
 
