@@ -19,7 +19,7 @@ WITHOUT_JAX = [
     "wmtp_jax.data.targets", "wmtp_jax.data.tokenizer", "wmtp_jax.errors", "wmtp_jax.evaluation.pass_at_k",
     "wmtp_jax.evaluation.sandbox", "wmtp_jax.evaluation.tasks", "wmtp_jax.evaluation.results",
     "wmtp_jax.evaluation.coding", "wmtp_jax.evaluation.token_kinds", "wmtp_jax.evaluation.windows", "wmtp_jax.evaluate",
-    "wmtp_jax.pretrained", "wmtp_jax.progress", "wmtp_jax.report.curves",
+    "wmtp_jax.hub", "wmtp_jax.pretrained", "wmtp_jax.progress", "wmtp_jax.report.curves",
     "wmtp_jax.report.__main__", "wmtp_jax.report.content", "wmtp_jax.report.figures", "wmtp_jax.report.page",
     "wmtp_jax.run_directory", "wmtp_jax.settings", "wmtp_jax.summary", "wmtp_jax.tracking",
     "wmtp_torch.checkpoint", "wmtp_torch.losses", "wmtp_torch.main", "wmtp_torch.model",

@@ -16,7 +16,7 @@ import transformers
 
 import wmtp_jax.train as in_jax
 import wmtp_torch.train as in_torch
-from tests.test_pretrained import meta_checkpoint, meta_logits
+from tests.test_pretrained_meta import meta_checkpoint, meta_logits
 from tests.training import comparable, stop_after
 from wmtp_jax import experiment
 from wmtp_jax.checkpoint import load_model

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
-from wmtp_jax import storage
+from wmtp_jax import hub, storage
 from wmtp_jax.errors import UserError
 from wmtp_jax.pretrained import sentencepiece_tokenizer
 from wmtp_jax.pretrained.gguf_tokenizer import tokenizer_files
@@ -222,7 +222,7 @@ def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
     name = str(storage.local(name)) if storage.is_remote(name) else os.path.expanduser(name)
     if os.path.isfile(name):
         return Tokenizer(tokenizer_files(Path(name)), name)
-    directory = Path(name if os.path.isdir(name) else _download(name))
+    directory = Path(name) if os.path.isdir(name) else _download(name)
     files = _read_files(directory)
     if "tokenizer.json" not in files and (model := sentencepiece_tokenizer.find_model(directory)):
         files = files | sentencepiece_tokenizer.tokenizer_files(model)
@@ -263,19 +263,10 @@ def _read_files(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(paths)}
 
 
-def _download(name: str) -> str:
+def _download(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{name}: no such directory, to read a tokenizer from")
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.snapshot_download(name, allow_patterns=list(_FILE_PATTERNS))
-    except (huggingface_hub.errors.HTTPError, OSError, ValueError, LookupError, TypeError) as error:
-        # No network, no such repository, not a repository's name, a connection that breaks, or an answer that is none.
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"config.data.tokenizer = {name!r}: no directory of that name, and not to be had from the hub: {reason}"
-        ) from error
+    return hub.snapshot(name, _FILE_PATTERNS, told=f"config.data.tokenizer = {name!r}")
 
 
 def _convert(directory: Path, name: str) -> dict[str, bytes]:

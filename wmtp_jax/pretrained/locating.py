@@ -7,7 +7,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from wmtp_jax import storage
+from wmtp_jax import hub, storage
 from wmtp_jax.errors import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -41,20 +41,8 @@ def locate(path: str | Path) -> tuple[Path, str]:
         raise UserError(f"{path}: no such file or directory")
     if name.startswith(_PACKAGE):
         return _in_package(name), ""
-    # Imported late: most weights are local.
-    from huggingface_hub import errors, snapshot_download
-
     repository, _, revision = name.partition("@")
-    try:
-        snapshot = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_PATTERNS))
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{path}: no such directory here, not in the hub's cache, and the hub can't be reached; give a local directory"
-        ) from error
-    except (errors.HTTPError, OSError, ValueError, LookupError, TypeError) as error:
-        # Refused, a connection that breaks, or an answer that is none, as of a network's sign-in page.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{path}: no such directory here, and the hub did not give it: {reason}") from error
+    snapshot = hub.snapshot(repository, _PATTERNS, revision=revision or None, told=name)
     return snapshot, snapshot.name
 
 
