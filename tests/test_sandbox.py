@@ -47,11 +47,11 @@ def children() -> set[int]:
     return below
 
 
-def run_hostile(source: str, *, limit: float = 1.0, stdin: str = "", memory_bytes: int = 1 << 30):
+def run_hostile(source: str, *, limit: float = 1.0, memory_bytes: int = 1 << 30, **options):
     """Runs a hostile program and checks what must hold of every one; returns the result."""
     before = children()
     started = time.monotonic()
-    result = run_program(source, stdin=stdin, timeout_seconds=limit, memory_bytes=memory_bytes)
+    result = run_program(source, timeout_seconds=limit, memory_bytes=memory_bytes, **options)
     elapsed = time.monotonic() - started
     assert result.status != "passed", result
     assert result.seconds < limit + 1
@@ -133,6 +133,22 @@ def test_exit_at_the_end_of_a_program_judged_by_its_output():
         result = run_program(f"print(int(input()) + 1, flush=True)\n{end}", stdin="41")
         assert (result.status, result.exit_code, result.stdout) == ("failed", 0, "42\n")
         assert result.reason == "exit code 0 before its end"
+
+
+def test_a_program_judged_by_its_output_is_still_confined():
+    source = """
+    import ctypes, os
+    libc = ctypes.CDLL(None, use_errno=True)
+    def error(call, *args): return ctypes.get_errno() if getattr(libc, call)(*args) == -1 else None
+    # ptrace, a user namespace, a network socket, another program's memory: EPERM.
+    print(error("ptrace", 16, os.getppid(), 0, 0), error("unshare", 0x10000000), error("socket", 2, 1, 0),
+          error("process_vm_readv", os.getppid(), 0, 0, 0, 0, 0), os.path.exists("/proc/self"))
+    """
+    result = run_program(textwrap.dedent(source), prove_end=False)
+    assert (result.status, result.reason) == ("passed", "")
+    if sandbox.capabilities().seccomp and sandbox.capabilities().namespaces:
+        assert result.stdout == "1 1 1 1 False\n"
+    run_hostile(DAEMON + "import ctypes\nassert False", limit=5, prove_end=False)
 
 
 def test_threads_children_and_files_of_an_honest_program():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,9 +14,51 @@ from wmtp_jax.evaluation.sandbox import run_program, run_tests
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_SEPARATORS = re.compile(rb"[ \n\t\r\v]+")
+_NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:inf|infinity|nan)")
+_TOLERANCE = 1e-5
+OUTPUT_RULE = f"tokens without case, numbers within {_TOLERANCE}"  # What results say of `same_output`.
+
+
+def same_output(output: str, expected: str) -> bool:
+    """Says whether a program's standard output answers a CodeContests input, as the data set's own matcher does.
+
+    Both must have the same number of tokens. Two tokens match if they are equal, the case of ASCII letters apart, or if
+    both are decimal numbers and |a - b| < 1e-5. That is an absolute difference, in float64, whatever the size of the
+    numbers: 100000.1 is not 100000.2, and integers beyond 2**53 match where float64 can't tell them apart.
+
+    Source: `OutputsMatch` and `ValuesMatch` in execution/tester_sandboxer.cc, github.com/google-deepmind/code_contests.
+    """
+    printed, wanted = _tokens(output), _tokens(expected)
+    if printed == wanted:
+        return True
+    if len(printed) != len(wanted):
+        return False
+    return all(_same_token(a, b) for a, b in zip(printed, wanted, strict=True))
+
+
+def _tokens(text: str) -> list[bytes]:
+    # As bytes, whose `lower` leaves all but ASCII letters alone.
+    return [token for token in _SEPARATORS.split(text.encode("utf-8", "surrogatepass").lower()) if token]
+
+
+def _same_token(a: bytes, b: bytes) -> bool:
+    x, y = _number(a), _number(b)
+    if x is None or y is None:
+        return a == b
+    return abs(x - y) < _TOLERANCE
+
+
+def _number(token: bytes) -> float | None:
+    """The number that a whole token spells; None where it is none."""
+    text = token.strip()  # A form feed is no separator, but may surround a number.
+    return float(text) if _NUMBER.fullmatch(text) else None
+
 
 def failure(problem: Problem, solution: str, *, timeout_seconds: float, public: bool = False) -> str:
     """Runs a completion against the problem's tests in the sandbox.
+
+    A program that reads stdin passes an input if it exits with code 0 and prints what `same_output` accepts.
 
     Args:
       timeout_seconds: wall time of the tests, or of a run on one input.
@@ -37,10 +80,10 @@ def failure(problem: Problem, solution: str, *, timeout_seconds: float, public: 
     for number, (given, wanted) in enumerate(
         zip(problem.inputs[:count], problem.outputs[:count], strict=True), start=1
     ):
-        result = run_program(program, stdin=given, timeout_seconds=timeout_seconds)
-        if result.exit_code != 0 or result.status == "timeout":
+        result = run_program(program, stdin=given, timeout_seconds=timeout_seconds, prove_end=False)
+        if result.status != "passed":
             return f"input {number}: {_words(result.status, result.reason, result.stderr)}"
-        if result.stdout.split() != wanted.split():
+        if not same_output(result.stdout, wanted):
             return f"input {number}: wrong output"
     return ""
 

@@ -26,7 +26,7 @@ class Problem:
       before, after: code that makes a program of a completion, which stands between them.
       tests: source that raises unless a program's definitions are right; "" where programs read stdin.
       names: what the tests take from the program.
-      inputs, outputs: what a program reads from stdin and should then print; white space counts only as a separator.
+      inputs, outputs: what a program reads from stdin and should then print, as `judging.same_output` compares it.
       public: how many of `inputs`, from the first on, are shown with the task.
     """
 

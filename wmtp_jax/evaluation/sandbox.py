@@ -13,7 +13,8 @@ What every run gets, on Linux with namespaces (`capabilities()` says what holds 
 - limits: wall time, CPU time, address space of a process, memory of all in use, processes and threads, open files, file
   size, disk, output;
 - a seccomp filter (x86-64 and aarch64): no sockets, no other process's memory, no mounts, keys, io_uring and the like;
-- no tracing, no `ctypes`, no references by way of `gc`, no `fcntl` and `ioctl` (in `run_program`).
+- where the end of the program has to be proved: no tracing, no `ctypes`, no references by way of `gc`, no `fcntl` and
+  `ioctl`. A program that is judged by its output (`prove_end=False`) has them.
 
 Without namespaces a run keeps its process, session, limits, filter and, as root, its user. It then sees the files that
 its user may read, leaves files that it writes outside its own temporary directory, and may fill a disk with many of
@@ -88,7 +89,12 @@ class Capabilities(NamedTuple):
 
 
 def run_program(
-    source: str, *, stdin: str = "", timeout_seconds: float = 10.0, memory_bytes: int = 1 << 30
+    source: str,
+    *,
+    stdin: str = "",
+    timeout_seconds: float = 10.0,
+    memory_bytes: int = 1 << 30,
+    prove_end: bool = True,
 ) -> ProgramResult:
     """Runs a Python program in the sandbox and says how it ended. Safe to call from several threads.
 
@@ -97,8 +103,10 @@ def run_program(
     - "passed": its top-level code ran to its end and its exit code is 0;
     - "timeout": it was ended at its limit of wall or CPU time, with all processes that it had started;
     - "failed": all else. Also an exit with code 0 before the end, by `sys.exit(0)`, `os._exit(0)`, `os.execv` or
-      otherwise, since then nobody knows whether the asserts below it would have held. A program that is judged by what
-      it prints may well end with `sys.exit(0)`: judge it by `exit_code == 0` and `stdout`.
+      otherwise, since then nobody knows whether the asserts below it would have held.
+
+    A program that is judged by what it prints may well end with `sys.exit(0)`, and nothing in its own process decides
+    about it. With `prove_end=False` it has all of Python, `ctypes` too, and "passed" means no more than exit code 0.
 
     The source runs as `__main__`, with hash seed 0 and UTF-8 streams, in an empty directory. Bytes of its output that
     are no UTF-8 become U+FFFD. More than 16 MiB on stdout or stderr end it. `memory_bytes` limits the address space of
@@ -108,9 +116,10 @@ def run_program(
       ValueError: a limit makes no sense.
       UserError: this machine can't run the sandbox; the message says why.
     """
-    request = _request("program", source, stdin, timeout_seconds, memory_bytes)
+    role = "program" if prove_end else "printer"
+    request = _request(role, source, stdin, timeout_seconds, memory_bytes)
     with _Launch(request) as launch:
-        return _result(launch.report(), timeout_seconds)
+        return _result(launch.report(), timeout_seconds, prove_end)
 
 
 def run_tests(
@@ -309,6 +318,8 @@ def _request(
     if memory_bytes < _LEAST_MEMORY:
         raise ValueError(f"memory_bytes must be {_LEAST_MEMORY} or more, or Python can't start; it is {memory_bytes}")
     visible, hidden = _python_files()
+    if role == "printer":
+        hidden = [path for path in hidden if not os.path.basename(path).startswith("_ctypes.")]
     return (found or capabilities())._asdict() | {
         "role": role,
         "names": [],
@@ -328,7 +339,7 @@ def _request(
     }
 
 
-def _result(report: dict, timeout: float) -> ProgramResult:
+def _result(report: dict, timeout: float, prove_end: bool = True) -> ProgramResult:
     code, limit = report["exit_code"], report["limit"]
     stdout, stderr = (report[name].decode("utf-8", "replace") for name in ("stdout", "stderr"))
     status = "failed"
@@ -342,7 +353,7 @@ def _result(report: dict, timeout: float) -> ProgramResult:
         reason = f"ended by {signal.Signals(-code).name}"
     elif code > 0:
         reason = f"exit code {code}: {stderr.strip().rpartition(chr(10))[2][:200]}"
-    elif not report["complete"]:
+    elif not report["complete"] and prove_end:
         reason = "exit code 0 before its end"
     else:
         status, reason = "passed", ""

@@ -2,7 +2,8 @@
 
 Descriptors: 3 holds the source, 4 the proof of completion (a socket with a token to read and write back), 5 the link
 between a candidate and its tests. Roles: `program` and `tests` run the source as `__main__` and then give the proof;
-`candidate` runs the source as a module and answers the tests' requests.
+`printer` runs it as `__main__` without, since its output decides; `candidate` runs the source as a module and answers the
+tests' requests.
 
 In the roles with a proof, code that must not be trusted runs in this interpreter before the proof is given. What keeps
 the token from it is written at `_deny` and at the expression that gives the proof.
@@ -296,7 +297,7 @@ if __name__ == "__main__":
     module = type(sys)("candidate" if role == "candidate" else "__main__")
     module.__builtins__ = builtins
     sys.modules[module.__name__] = module
-    if role != "program":
+    if role in ("candidate", "tests"):
         import io
         import json  # Here, since it would be a third of the time that a short program takes.
 
@@ -309,13 +310,15 @@ if __name__ == "__main__":
                 setattr(module, name, link.ask("global", name))
             except KeyError:  # The candidate has no such name; tests that use it fail with a NameError.
                 pass
-    if role != "candidate":
+    proves = role in ("program", "tests")
+    if proves:
         set_inheritable(4, False)
         sys.addaudithook(_deny)
     del _deny
     try:
-        if role == "candidate":
-            exec(compile(source, "<candidate>", "exec", dont_inherit=True), vars(module))
+        if not proves:
+            name = "<candidate>" if role == "candidate" else "<program>"
+            exec(compile(source, name, "exec", dont_inherit=True), vars(module))
         else:
             # The proof. While `exec` runs, `write`, 4 and the token lie on this frame's value stack and nowhere else:
             # no name, constant, container or object that the garbage collector lists leads to them. And once it

@@ -323,7 +323,6 @@ def become_program(request, user, proc, descriptors):
         resource.RLIMIT_FSIZE: request["disk_bytes"],
         resource.RLIMIT_NOFILE: request["files"],
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_STACK: 8 << 20,
     }
     if LINUX:  # macOS does not enforce the first, and counts a user's processes in the second.
         limits |= {resource.RLIMIT_AS: request["memory_bytes"], resource.RLIMIT_NPROC: tasks}
@@ -332,6 +331,10 @@ def become_program(request, user, proc, descriptors):
         hard = value + 1 if hard == resource.RLIM_INFINITY else min(value + 1, hard)
         # Above the soft limit of CPU time comes SIGXCPU, which says why; at the hard one SIGKILL.
         resource.setrlimit(limit, (min(value, hard), hard))
+    # Programs that recurse raise this one, often to infinity. It takes no memory that the others don't count.
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    soft = 8 << 20
+    resource.setrlimit(resource.RLIMIT_STACK, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
     if user is not None:
         os.setgroups([])
         os.setgid(user)
