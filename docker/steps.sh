@@ -36,7 +36,7 @@ dependencies)
 program)
     "${pip[@]}" install --quiet --no-deps .
     "${pip[@]}" check
-    (cd / && "$venv/bin/python" -c "import wmtp_jax.main, wmtp_jax.evaluate, wmtp_jax.tracking")
+    (cd / && "$venv/bin/python" -c "import wmtp_jax.main, wmtp_jax.evaluate, wmtp_jax.tracking.tracker")
     rm -rf build wmtp.egg-info
     ;;
 *)

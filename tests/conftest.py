@@ -97,7 +97,7 @@ def object_store(tmp_path_factory):
 @pytest.fixture
 def s3(object_store, monkeypatch, tmp_path):
     """A path of its own on the server of the tests, which this process finds by boto3's rules, with a cache of its own."""
-    from wmtp_jax import storage
+    from wmtp_jax.storage import s3 as storage
 
     for name, value in object_store.environment.items():
         monkeypatch.setenv(name, value)

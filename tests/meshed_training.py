@@ -12,9 +12,9 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 
 from tests.training import comparable, tiny_config  # noqa: E402
-from wmtp_jax.checkpoint import load_model  # noqa: E402
+from wmtp_jax.checkpoint.orbax import load_model  # noqa: E402
 from wmtp_jax.model import flatten  # noqa: E402
-from wmtp_jax.train import train  # noqa: E402
+from wmtp_jax.run.train import train  # noqa: E402
 
 
 def run(config, workdir: Path, *, mesh: dict[str, int], **changes) -> list[dict]:

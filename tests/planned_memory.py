@@ -10,8 +10,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from wmtp_jax.config import defaults
-from wmtp_jax.experiment import model_settings
 from wmtp_jax.plan import compile_plan
+from wmtp_jax.run.unpacking import model_settings
 
 
 def recipe(devices: int) -> ConfigDict:
@@ -31,7 +31,7 @@ def resident(field: str) -> int:
 def main() -> None:
     devices = int(sys.argv[1])
     config = recipe(devices)
-    from wmtp_jax.mesh import mesh_sizes
+    from wmtp_jax.parallel.mesh import mesh_sizes
 
     sizes = mesh_sizes(config.mesh, devices)
     settings = model_settings(config.model, config.data.vocabulary_size, config.data.sequence_length)
@@ -40,8 +40,8 @@ def main() -> None:
     import jax
     import numpy as np
 
-    from wmtp_jax import sharding
-    from wmtp_jax.abstract_update import lower_update
+    from wmtp_jax.parallel import sharding
+    from wmtp_jax.planning.abstract_update import lower_update
 
     mesh = sharding.make_mesh(sizes) if devices > 1 else None
     update = lower_update(config, settings, mesh=mesh, steps=10, reference=None, stored_losses=False)

@@ -16,11 +16,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
-from wmtp_jax import sharding  # noqa: E402
 from wmtp_jax.data.targets import positions, shift_targets  # noqa: E402
 from wmtp_jax.losses import token_statistics  # noqa: E402
 from wmtp_jax.model import flatten, initial_parameters  # noqa: E402
 from wmtp_jax.optimizer import make_optimizer  # noqa: E402
+from wmtp_jax.parallel import sharding  # noqa: E402
 from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting  # noqa: E402
 from wmtp_jax.train_step import initial_state, loss_and_gradients, train_step, value_step  # noqa: E402
 

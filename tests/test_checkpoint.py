@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from wmtp_jax import checkpoint as checkpoint_module
-from wmtp_jax.checkpoint import Checkpoints, load_model
+from wmtp_jax.checkpoint import orbax as checkpoint_module
+from wmtp_jax.checkpoint.manifest import MANIFEST, seal
+from wmtp_jax.checkpoint.orbax import Checkpoints, load_model
+from wmtp_jax.checkpoint.parameters import FILE, read_arrays, read_metadata, read_parameters, write_arrays
+from wmtp_jax.checkpoint.run_directory import adopt, find_checkpoint
 from wmtp_jax.errors import UserError
-from wmtp_jax.manifest import MANIFEST, seal
-from wmtp_jax.parameters_file import FILE, read_arrays, read_metadata, read_parameters, write_arrays
-from wmtp_jax.run_directory import adopt, find_checkpoint
 from wmtp_jax.train_step import TrainState
 
 

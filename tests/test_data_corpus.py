@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wmtp_jax.data import cache, packing
+from wmtp_jax.data import packing
 from wmtp_jax.data.corpus import load_corpus
 from wmtp_jax.data.order import permute
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage import cache
 
 SETTINGS = dict(sequence_length=32, vocabulary_size=300, validation_fraction=0.2)
 
@@ -398,7 +399,8 @@ def test_where_the_cache_is(monkeypatch):
 # On Linux ru_maxrss starts from the parent's memory, VmHWM does not.
 MEMORY = """
 import pathlib, resource, sys
-from wmtp_jax.data import corpus, packing, tokenizer
+from wmtp_jax.data import corpus, packing
+from wmtp_jax.tokenizer import tokenizer
 if len(sys.argv) > 3:
     corpus._CHARACTERS_AT_ONCE = tokenizer._CHARACTERS_AT_ONCE = 1 << 15
     packing._TOKENS_AT_ONCE, corpus._BPE_SAMPLE_BYTES, corpus._BPE_SAMPLE_BYTES_PER_TOKEN = 1 << 13, 100_000, 1

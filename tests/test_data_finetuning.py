@@ -13,8 +13,8 @@ from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.corpus import load_corpus
 from wmtp_jax.data.documents import document_of, parse_line
 from wmtp_jax.data.pipeline import Batches, validation_batches
-from wmtp_jax.data.tokenizer import Part, Tokenizer, load_tokenizer, train_bpe
 from wmtp_jax.errors import UserError
+from wmtp_jax.tokenizer.tokenizer import Part, Tokenizer, load_tokenizer, train_bpe
 
 SETTINGS = dict(sequence_length=48, vocabulary_size=300, validation_fraction=0.2)
 TEMPLATE = (

@@ -11,8 +11,8 @@ import tokenizers
 from tokenizers import pre_tokenizers
 from transformers.utils import sentencepiece_model_pb2_new as description
 
-from wmtp_jax.data.tokenizer import load_tokenizer
 from wmtp_jax.errors import UserError
+from wmtp_jax.tokenizer.tokenizer import load_tokenizer
 
 
 def write_gguf_tokenizer(path: Path, **fields) -> Path:

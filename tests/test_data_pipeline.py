@@ -241,7 +241,9 @@ class Refuse(importlib.abc.MetaPathFinder):
         if name.partition(".")[0] in sys.argv[3].split(","):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Refuse())
-from wmtp_jax.data import bigram, cache, corpus, packing, pipeline, scan, sources, targets, tokenizer
+from wmtp_jax.data import bigram, corpus, packing, pipeline, scan, sources, targets
+from wmtp_jax.storage import cache
+from wmtp_jax.tokenizer import tokenizer
 found = corpus.load_corpus([sys.argv[1]], cache_dir=sys.argv[2], sequence_length=16, vocabulary_size=280, validation_fraction=0.3)
 digest = hashlib.sha256()
 with pipeline.Batches(found, batch_size=4, num_heads=3, seed=1, start_position=8, use_grain=sys.argv[4] == "grain") as batches:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from wmtp_jax.data.judging import failure, in_parallel
 from wmtp_jax.data.mutate import mutate, wrong_solutions
 from wmtp_jax.data.mutations import mutants
 from wmtp_jax.data.problems import Problem, code_contests, documents, humaneval, mbpp
 from wmtp_jax.data.records import find_files, read_records, split_of
 from wmtp_jax.errors import UserError
+from wmtp_jax.sandbox.judging import failure, in_parallel
 
 MBPP = {
     "task_id": 601,

@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from wmtp_jax.data import tokenizer as module
-from wmtp_jax.data.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
 from wmtp_jax.errors import UserError
+from wmtp_jax.tokenizer import tokenizer as module
+from wmtp_jax.tokenizer.tokenizer import END_OF_TEXT, load_tokenizer, train_bpe
 
 TEXTS = [
     "def area(width, height):\n    return width * height\n\n\nclass Box:\n    pass\n",
@@ -64,7 +64,8 @@ def test_a_special_token_spelled_in_a_document_stays_text(bpe, tmp_path):
 
 
 def test_training_is_the_same_in_another_process_with_other_threads(bpe):
-    program = f"from wmtp_jax.data.tokenizer import train_bpe; print(train_bpe({TEXTS!r} * 5, vocabulary_size=320).fingerprint)"
+    program = "from wmtp_jax.tokenizer.tokenizer import train_bpe\n"
+    program += f"print(train_bpe({TEXTS!r} * 5, vocabulary_size=320).fingerprint)"
     for threads in ("1", "3"):
         environment = {"RAYON_NUM_THREADS": threads, "PATH": "", "PYTHONPATH": ":".join(sys.path)}
         run = subprocess.run(

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from tests.training import TIMING, comparable
-from wmtp_jax.distributed import EXIT_LOST, Cluster, cluster_from, first_host, listening_address
+from wmtp_jax.checkpoint.parameters import read_parameters
+from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.errors import UserError
-from wmtp_jax.parameters_file import read_parameters
-from wmtp_jax.run_directory import find_checkpoint
-from wmtp_jax.tracking import read_metrics
+from wmtp_jax.parallel.processes import EXIT_LOST, Cluster, cluster_from, first_host, listening_address
+from wmtp_jax.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).parent.parent
 MASTER = {"MASTER_ADDR": "host-0", "MASTER_PORT": "2900"}

@@ -11,14 +11,14 @@ import pytest
 from scipy.special import log_softmax
 
 from tests.test_data_problems import CONTEST, HUMANEVAL, MBPP
-from wmtp_jax import storage
+from wmtp_jax.checkpoint.mirror import push
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation import coding
 from wmtp_jax.evaluation.coding import evaluate_task
 from wmtp_jax.evaluation.results import read_lines
 from wmtp_jax.evaluation.tasks import completion_of, load_task, verdict
 from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
-from wmtp_jax.mirror import push
+from wmtp_jax.storage import s3 as storage
 
 SHOWN = [{**MBPP, "task_id": number, "text": f"Task {number}."} for number in (2, 3, 4)]
 TASKS = {"mbpp": [MBPP], "humaneval": [HUMANEVAL], "code_contests": [CONTEST]}
@@ -219,7 +219,7 @@ def test_kinds_of_tokens_and_of_what_does_not_parse():
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    from wmtp_jax.train import train
+    from wmtp_jax.run.train import train
 
     workdir = tmp_path_factory.mktemp("evaluated") / "run"
     train(tiny(weighting__algorithm="baseline-mtp"), workdir=workdir, run_name="evaluated", tags={})
@@ -355,7 +355,7 @@ def test_what_a_user_can_put_right(run, tmp_path):
 
 
 def test_tasks_that_need_heads(tiny, tmp_path):
-    from wmtp_jax.train import train
+    from wmtp_jax.run.train import train
 
     config = tiny(weighting__algorithm="baseline-mtp", model__heads__count=1, train__steps=1)
     train(config, workdir=tmp_path / "one", run_name="one", tags={})

@@ -18,21 +18,21 @@ from safetensors.numpy import load_file
 from tests.published_llama import gguf_file
 from tests.test_data_gguf_tokenizer import write_sentencepiece
 from tests.test_pretrained import MODELS, S, parameters_of, randomised, reference_logits
-from wmtp_jax import export as exporting
-from wmtp_jax import storage
-from wmtp_jax.data.tokenizer import load_tokenizer, train_bpe
+from wmtp_jax.checkpoint.manifest import seal
+from wmtp_jax.checkpoint.parameters import FILE, read_parameters, write_arrays
 from wmtp_jax.errors import UserError
-from wmtp_jax.export import export
-from wmtp_jax.generate import generate
-from wmtp_jax.manifest import seal
+from wmtp_jax.export import export as exporting
+from wmtp_jax.export.export import export
+from wmtp_jax.inference.generate import generate
 from wmtp_jax.model import abstract_parameters, flatten, merge, nest, split
-from wmtp_jax.origins import describe_base
-from wmtp_jax.parameters_file import FILE, read_parameters, write_arrays
 from wmtp_jax.pretrained import load_pretrained, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.pretrained.published import with_heads
+from wmtp_jax.run.inputs import describe_base
+from wmtp_jax.run.train import train
 from wmtp_jax.settings import ModelSettings
-from wmtp_jax.train import train
+from wmtp_jax.storage import s3 as storage
+from wmtp_jax.tokenizer.tokenizer import load_tokenizer, train_bpe
 
 WORDS = 300
 LLAMA = ModelSettings(
@@ -386,7 +386,7 @@ def test_meta_with_its_own_tokenizer(run, tmp_path):
 
 @pytest.mark.parametrize("width, mlp_width", [(32, 48), (32, 200), (768, 2048), (96, 256), (64, 1000)])
 def test_meta_code_finds_the_feed_forward_width(width, mlp_width):
-    from wmtp_jax.pretrained.meta_writer import _feed_forward
+    from wmtp_jax.export.meta_writer import _feed_forward
 
     given = _feed_forward(width, mlp_width)
     hidden = int(2 * (4 * width) / 3)

@@ -14,14 +14,14 @@ import scipy.stats
 from flax import nnx
 
 from tests.test_model import GPT2, KINDS, LLAMA, random_model
-from wmtp_jax import decoding
-from wmtp_jax import generate as module
-from wmtp_jax.data.tokenizer import train_bpe
 from wmtp_jax.errors import UserError
-from wmtp_jax.generate import generate
+from wmtp_jax.inference import decoding
+from wmtp_jax.inference import generate as module
+from wmtp_jax.inference.cached_model import empty_caches, read, unembed, unroll
+from wmtp_jax.inference.generate import generate
+from wmtp_jax.inference.sampling import Randomness, Sampling, choose, probabilities
 from wmtp_jax.model import Model, ModelSettings, merge, split
-from wmtp_jax.model.cached import empty_caches, read, unembed, unroll
-from wmtp_jax.sampling import Randomness, Sampling, choose, probabilities
+from wmtp_jax.tokenizer.tokenizer import train_bpe
 
 V, S, H = 6, 24, 3
 # Few tokens, so that drafts of random heads are right now and then.

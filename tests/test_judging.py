@@ -4,8 +4,8 @@ import textwrap
 
 import pytest
 
-from wmtp_jax.data.judging import failure, same_output
 from wmtp_jax.data.problems import Problem
+from wmtp_jax.sandbox.judging import failure, same_output
 
 # Output, expected output, and what the rule of CodeContests' own matcher says of them, worked by hand.
 PAIRS = [

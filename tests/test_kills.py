@@ -19,9 +19,9 @@ import pytest
 
 from tests.faulty_proxy import Proxy
 from tests.training import comparable
-from wmtp_jax import mirror
-from wmtp_jax.manifest import MANIFEST, problem
-from wmtp_jax.parameters_file import FILE, read_arrays
+from wmtp_jax.checkpoint import mirror
+from wmtp_jax.checkpoint.manifest import MANIFEST, problem
+from wmtp_jax.checkpoint.parameters import FILE, read_arrays
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from wmtp_jax import train as in_jax
 from wmtp_jax.config import defaults, validate
 from wmtp_jax.errors import UserError
-from wmtp_jax.mesh import check_model, fit, mesh_sizes
+from wmtp_jax.parallel.mesh import check_model, fit, mesh_sizes
+from wmtp_jax.run import train as in_jax
 from wmtp_jax.settings import ModelSettings
 
 ROOT = Path(__file__).parent.parent

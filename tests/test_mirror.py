@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from tests.object_store import READER
-from wmtp_jax import mirror, storage
-from wmtp_jax.compatible import explained_variance
+from wmtp_jax.checkpoint import mirror
+from wmtp_jax.checkpoint.manifest import MANIFEST, problem, seal, settle
+from wmtp_jax.checkpoint.mirror import Mirror, claim, mirrored, pull, push
+from wmtp_jax.checkpoint.mirror import main as mirror_command
 from wmtp_jax.errors import UserError
-from wmtp_jax.manifest import MANIFEST, problem, seal, settle
-from wmtp_jax.mirror import Mirror, claim, mirrored, pull, push
-from wmtp_jax.step_directories import StepDirectories
+from wmtp_jax.run.compatible import explained_variance
+from wmtp_jax.storage import s3 as storage
+from wmtp_torch.step_directories import StepDirectories
 
 PARAMETERS, MOMENTS = Path("parameters", "parameters.safetensors"), Path("training", "training.safetensors")
 METRIC = "eval/ce_mean"
@@ -194,7 +196,7 @@ def test_a_value_head_there_is_the_best_one_of_its_run(s3, tmp_path):
 
 
 def test_who_may_not_write_there_is_told_before_training(s3, tmp_path, monkeypatch):
-    from wmtp_jax.stages import _join_mirror
+    from wmtp_jax.run.experiment import _join_mirror
 
     _join_mirror(tmp_path, s3, "auto")
     assert storage.get(f"{s3}/mirror.json") == (tmp_path / "mirror.json").read_bytes()
@@ -232,8 +234,8 @@ def test_a_queue_of_two_is_waited_for(s3, tmp_path, monkeypatch):
 
 def test_the_command_checks_a_run(tmp_path, capsys):
     write(tmp_path / "checkpoints", {10: 1.0, 20: 1.0})
-    assert mirror.main(["check", str(tmp_path)]) == 0
+    assert mirror_command(["check", str(tmp_path)]) == 0
     (tmp_path / "checkpoints" / "20" / MOMENTS).write_bytes(b"x")
-    assert mirror.main(["check", str(tmp_path)]) == 2
+    assert mirror_command(["check", str(tmp_path)]) == 2
     assert f"{MOMENTS} has 1 bytes" in capsys.readouterr().out
     assert problem(tmp_path / "checkpoints" / "10") == ""

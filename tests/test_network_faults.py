@@ -15,11 +15,12 @@ import pytest
 
 from tests.faulty_proxy import Proxy
 from tests.test_mirror import METRIC, MOMENTS, PARAMETERS, content, there
-from wmtp_jax import mirror, storage
+from wmtp_jax.checkpoint import mirror
+from wmtp_jax.checkpoint.manifest import problem, settle
+from wmtp_jax.checkpoint.mirror import Mirror, pull, push
 from wmtp_jax.errors import UserError
-from wmtp_jax.manifest import problem, settle
-from wmtp_jax.mirror import Mirror, pull, push
-from wmtp_jax.step_directories import StepDirectories
+from wmtp_jax.storage import s3 as storage
+from wmtp_torch.step_directories import StepDirectories
 
 
 @pytest.fixture

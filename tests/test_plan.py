@@ -15,11 +15,12 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from wmtp_jax import costs, sharding
-from wmtp_jax.abstract_update import bytes_on_a_device
-from wmtp_jax.mesh import AXES
 from wmtp_jax.model import abstract_parameters
 from wmtp_jax.optimizer import make_optimizer
+from wmtp_jax.parallel import sharding
+from wmtp_jax.parallel.mesh import AXES
+from wmtp_jax.planning import costs
+from wmtp_jax.planning.abstract_update import bytes_on_a_device
 from wmtp_jax.settings import ModelSettings, OptimizerSettings
 from wmtp_jax.train_step import initial_state
 
@@ -83,9 +84,9 @@ def test_the_collectives_of_the_formula_are_those_that_are_compiled():
     script = (
         "import jax; jax.config.update('jax_num_cpu_devices', 4)\n"
         "from tests.planned_memory import recipe\n"
-        "from wmtp_jax import sharding\n"
-        "from wmtp_jax.abstract_update import lower_update\n"
-        "from wmtp_jax.experiment import model_settings\n"
+        "from wmtp_jax.parallel import sharding\n"
+        "from wmtp_jax.planning.abstract_update import lower_update\n"
+        "from wmtp_jax.run.unpacking import model_settings\n"
         "c = recipe(4); c.data.vocabulary_size = 64; c.model.width = 32; c.model.layers = 1; c.model.attention_heads = 2\n"
         "c.train.accumulation = 2\n"
         "s = model_settings(c.model, 64, 256)\n"

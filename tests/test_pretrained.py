@@ -24,8 +24,6 @@ from safetensors.numpy import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.published_llama import gguf_file, reference_model
-from wmtp_jax import storage
-from wmtp_jax.data.tokenizer import load_tokenizer
 from wmtp_jax.errors import UserError
 from wmtp_jax.model import Model, ModelSettings
 from wmtp_jax.pretrained import load_pretrained, open_pretrained, parameters
@@ -34,6 +32,8 @@ from wmtp_jax.pretrained.published import published_shapes
 from wmtp_jax.pretrained.safetensors_file import read_header, read_tensor
 from wmtp_jax.pretrained.transformers_format import read_settings
 from wmtp_jax.settings import rotary_frequencies
+from wmtp_jax.storage import s3 as storage
+from wmtp_jax.tokenizer.tokenizer import load_tokenizer
 
 V, S = 61, 16
 SIZES = dict(

@@ -18,9 +18,9 @@ import pytest
 from tests.faulty_proxy import Proxy
 from tests.object_store import BUCKET, client, free_ports
 from tests.training import comparable
-from wmtp_jax import mirror
-from wmtp_jax.manifest import MANIFEST, problem
-from wmtp_jax.parameters_file import FILE, read_arrays
+from wmtp_jax.checkpoint import mirror
+from wmtp_jax.checkpoint.manifest import MANIFEST, problem
+from wmtp_jax.checkpoint.parameters import FILE, read_arrays
 
 pytestmark = pytest.mark.slow
 
@@ -121,7 +121,7 @@ def test_sigterm_saves_though_two_uploads_are_outstanding(settings, undisturbed,
     newest = max((p for p in (workdir / "checkpoints").iterdir()), key=lambda p: int(p.name))
     assert problem(newest) == "" and f"stopped by a signal after step {newest.name} and saved" in out + err
     assert (newest / MANIFEST).stat().st_mtime - time.time() + took < 30 and took < 30
-    assert "not everything was uploaded within 12 s" in err and "python -m wmtp_jax.mirror push" in err
+    assert "not everything was uploaded within 12 s" in err and "python -m wmtp_jax.checkpoint.mirror push" in err
     done = run([*settings, f"--config.checkpoint.remote=s3://wmtp/{tmp_path.name}"], workdir, **object_store.environment)
     assert done.returncode == 0, done.stderr
     assert_same_end(workdir, undisturbed)
@@ -258,6 +258,6 @@ def test_training_opens_no_connection(settings, undisturbed, object_store, tmp_p
     # The hook works there: before the first step it looked for a newer checkpoint.
     assert own and {entry["thread"] for entry in own if entry["time"] < first} >= {"MainThread"}
     assert [entry for entry in own if entry["time"] >= first] == []
-    for child in ("wmtp_jax.mirror", "wmtp_jax.tracking"):
+    for child in ("wmtp_jax.checkpoint.mirror", "wmtp_jax.tracking"):
         assert any(child in entry["argv"] and entry["time"] >= first for entry in seen), child
     assert_same_end(workdir, undisturbed)

@@ -10,7 +10,7 @@ import termios
 
 import pytest
 
-from wmtp_jax.progress import Progress
+from wmtp_jax.run.progress import Progress
 
 METRICS = {
     "train/loss": 3.14159,

@@ -13,11 +13,10 @@ from matplotlib import image
 from mlflow.tracking import MlflowClient
 
 from tests.browser import find_browser, open_browser
-from wmtp_jax import storage
+from wmtp_jax.checkpoint.run_directory import plain, save_arrays
 from wmtp_jax.config import defaults
 from wmtp_jax.data import packing
 from wmtp_jax.data.pipeline import make_batch
-from wmtp_jax.data.tokenizer import train_bpe
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation import row_kinds
 from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
@@ -27,8 +26,9 @@ from wmtp_jax.report.page import embed, render
 from wmtp_jax.report.palette import GROUPS, contrast, shades
 from wmtp_jax.report.runs import group_runs, read_runs
 from wmtp_jax.report.tokens import by_token, pack, read_documents, read_entries
-from wmtp_jax.run_directory import plain, save_arrays
-from wmtp_jax.tracking import MetricsFile
+from wmtp_jax.storage import s3 as storage
+from wmtp_jax.tokenizer.tokenizer import train_bpe
+from wmtp_jax.tracking.tracker import MetricsFile
 
 HEADS = 3
 EVIL = "</script><script>document.title='broken'</script><!-- <b>&amp;\u2028"

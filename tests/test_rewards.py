@@ -11,7 +11,7 @@ import pytest
 
 from wmtp_jax.data.corpus import load_corpus
 from wmtp_jax.errors import UserError
-from wmtp_jax.rewards import (
+from wmtp_jax.stored.rewards import (
     RewardSource,
     kept_of_others,
     likelihood,

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from wmtp_jax.errors import UserError
-from wmtp_jax.evaluation import sandbox
-from wmtp_jax.evaluation.sandbox import Capabilities, run_program, run_tests
+from wmtp_jax.sandbox import sandbox
+from wmtp_jax.sandbox.sandbox import Capabilities, run_program, run_tests
 
 LINUX = sys.platform == "linux"
 MARK = f"wmtp-mark-{uuid.uuid4().hex}"
@@ -212,7 +212,7 @@ def test_bad_arguments():
 
 def test_loads_no_jax():
     source = (
-        "import sys, wmtp_jax.evaluation.sandbox, wmtp_jax.evaluation.pass_at_k as p; print(p.pass_at_k(2, 1, 1))\n"
+        "import sys, wmtp_jax.sandbox.sandbox, wmtp_jax.evaluation.pass_at_k as p; print(p.pass_at_k(2, 1, 1))\n"
     )
     source += "assert not {'jax', 'flax', 'numpy', 'torch'} & set(sys.modules)"
     root = Path(sandbox.__file__).parents[2]
@@ -912,7 +912,7 @@ def test_says_why_it_cannot_run(monkeypatch):
 def test_an_interrupted_caller_leaves_nothing():
     # The launcher notices that the process that asked is gone.
     source = (
-        "from wmtp_jax.evaluation.sandbox import run_program\n"
+        "from wmtp_jax.sandbox.sandbox import run_program\n"
         f'run_program(\'import time, os\\nopen("{MARK}", "w")\\ntime.sleep(600)\', timeout_seconds=600)'
     )
     before = children()

@@ -16,22 +16,23 @@ import pytest
 import torch
 import transformers
 
-import wmtp_jax.train as in_jax
+import wmtp_jax.run.train as in_jax
 import wmtp_torch.train as in_torch
 from tests.training import comparable
-from wmtp_jax import experiment, rewards, scores
-from wmtp_jax.checkpoint import load_model
+from wmtp_jax.checkpoint.orbax import load_model
 from wmtp_jax.config import defaults
 from wmtp_jax.data.targets import positions
-from wmtp_jax.data.tokenizer import train_bpe
 from wmtp_jax.errors import UserError
 from wmtp_jax.model import ModelSettings, abstract_parameters, merge
 from wmtp_jax.optimizer import make_optimizer
-from wmtp_jax.origins import model_key
 from wmtp_jax.pretrained import open_reward_model
-from wmtp_jax.rewards import segments
+from wmtp_jax.run import unpacking
+from wmtp_jax.run.inputs import model_key
 from wmtp_jax.score import score
 from wmtp_jax.settings import REFERENCE_COLUMNS, Weighting
+from wmtp_jax.stored import reference_losses, rewards
+from wmtp_jax.stored.rewards import segments
+from wmtp_jax.tokenizer.tokenizer import train_bpe
 from wmtp_jax.train_step import initial_state, train_step
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +81,7 @@ def test_runs_pick_up_stored_losses_and_train_alike(backend, score_of, own, refe
 
 
 def test_scoring_goes_on_where_it_was_interrupted(own, tmp_path):
-    corpus = experiment.load_data(own())
+    corpus = unpacking.load_data(own())
     facts, calls = {"model": "m"}, []
 
     def losses(tokens, segment_ids, *, stop_at=None):
@@ -93,26 +94,26 @@ def test_scoring_goes_on_where_it_was_interrupted(own, tmp_path):
     rows = len(corpus.sources[0].train)
     assert rows > 40
     with pytest.raises(KeyboardInterrupt):
-        scores.make_losses(corpus, functools.partial(losses, stop_at=18), **options)
-    assert not list((corpus.directory / scores.FOLDER).glob("[!.]*/manifest.json"))
-    directory = scores.make_losses(corpus, losses, **options)
+        reference_losses.make_losses(corpus, functools.partial(losses, stop_at=18), **options)
+    assert not list((corpus.directory / reference_losses.FOLDER).glob("[!.]*/manifest.json"))
+    directory = reference_losses.make_losses(corpus, losses, **options)
     # Of 18 batches, 16 had been kept.
     batches = sum(-(-len(side) // 2) for side in (corpus.sources[0].train, corpus.sources[0].validation))
     assert len(calls) == batches + 2
-    found = scores.with_losses(corpus, directory).sources[0]
+    found = reference_losses.with_losses(corpus, directory).sources[0]
     for side in ("train", "validation"):
         columns = getattr(found, side).columns
         np.testing.assert_array_equal(columns["reference_loss"], columns["tokens"] * np.float32(0.5))
         np.testing.assert_array_equal(columns["reference_entropy"], columns["segment_ids"] * np.float32(0.25))
-    scores.make_losses(corpus, losses, **options)
+    reference_losses.make_losses(corpus, losses, **options)
     assert len(calls) == batches + 2
     assert not list(corpus.directory.rglob("*.parts"))
 
 
 def test_scores_of_another_model_tokenizer_or_corpus_stop_the_run(own, reference, tmp_path):
     score(own(reference__path=reference), workdir=tmp_path / "scores")
-    corpus = experiment.load_data(own())
-    [directory] = (corpus.directory / scores.FOLDER).glob("[!.]*")
+    corpus = unpacking.load_data(own())
+    [directory] = (corpus.directory / reference_losses.FOLDER).glob("[!.]*")
     other = str(train(own(weighting__algorithm="baseline-mtp", train__steps=1), tmp_path / "other", in_torch))
     cases = [
         (own(reference__path=other), "under another reference"),
@@ -136,8 +137,8 @@ def test_scores_of_another_model_tokenizer_or_corpus_stop_the_run(own, reference
 
 def test_what_an_earlier_version_stored_is_to_be_scored_again(own, reference, tmp_path):
     """It had no entropies; the run neither takes it nor silently does without."""
-    corpus = experiment.load_data(own())
-    earlier = scores._directory(corpus, model_key(reference), 1)
+    corpus = unpacking.load_data(own())
+    earlier = reference_losses._directory(corpus, model_key(reference), 1)
     earlier.mkdir(parents=True)
     manifest = {"model": model_key(reference), "tokenizer": corpus.tokenizer.fingerprint, "corpus": corpus.hash, "format": 1}
     (earlier / "manifest.json").write_text(json.dumps(manifest))
@@ -152,8 +153,8 @@ def test_what_an_earlier_version_stored_is_to_be_scored_again(own, reference, tm
 def test_self_reference_trains_the_reference_on_the_very_data(own, tmp_path):
     config = own(reference__steps=3)
     score(config, workdir=tmp_path / "scores", self_reference=True)
-    corpus = experiment.load_data(config)
-    [manifest] = (corpus.directory / scores.FOLDER).glob("*/manifest.json")
+    corpus = unpacking.load_data(config)
+    [manifest] = (corpus.directory / reference_losses.FOLDER).glob("*/manifest.json")
     told = json.loads(manifest.read_text())
     assert told["self_reference"] and told["corpus"] == corpus.hash and told["tokenizer"] == corpus.tokenizer.fingerprint
     path = str(tmp_path / "scores" / "reference")
@@ -193,7 +194,7 @@ def test_the_compiled_step_has_no_forward_pass_of_the_reference():
     definition, parameters = abstract_parameters(settings)
     reference_definition, reference_parameters = abstract_parameters(ModelSettings(**shape, max_positions=64, num_heads=1,
                                                                                    head_kind="linear"))  # fmt: skip
-    optimizer = make_optimizer(experiment.optimizer_settings(defaults()), 10)
+    optimizer = make_optimizer(unpacking.optimizer_settings(defaults()), 10)
     state = jax.eval_shape(lambda p: initial_state(p, optimizer), parameters)
     rows = {name: jax.ShapeDtypeStruct((2, 64), np.int32) for name in ("tokens", "segment_ids", "positions")}
     rows |= {"targets": jax.ShapeDtypeStruct((2, 64, 2), np.int32), "mask": jax.ShapeDtypeStruct((2, 64, 2), bool)}
@@ -278,7 +279,7 @@ def test_a_critic_learns_the_rewards_of_a_published_model(tiny, classifier, tmp_
         data__cache_dir=str(tmp_path / "cache"), weighting__algorithm="critic-wmtp", reward__source="reward_model",
         reward__model=str(here), critic__allow_unexplained=True, critic__steps=2, train__steps=1,
     )  # fmt: skip
-    corpus = experiment.load_data(config)
+    corpus = unpacking.load_data(config)
     corpus.tokenizer.save(here)
     run = train(config, tmp_path / "run", in_torch)
     assert not (run / "reference").exists()

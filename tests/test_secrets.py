@@ -15,7 +15,7 @@ import pytest
 
 from tests.object_store import BUCKET, client
 from wmtp_jax.errors import UserError
-from wmtp_jax.redact import redact, redacted
+from wmtp_jax.storage.redact import redact, redacted
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -167,8 +167,8 @@ def _write_bomb(kind, folder, mark):
     import numpy as np
     import torch
 
+    from wmtp_jax.checkpoint.parameters import read_parameters
     from wmtp_jax.data.packing import open_column
-    from wmtp_jax.parameters_file import read_parameters
     from wmtp_jax.pretrained import open_pretrained
     from wmtp_jax.report.tokens import read_entries
 

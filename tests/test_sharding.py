@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from wmtp_jax import sharding
 from wmtp_jax.model import abstract_parameters, flatten
+from wmtp_jax.parallel import sharding
 from wmtp_jax.settings import ModelSettings
 
 ROOT = Path(__file__).parent.parent

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wmtp_jax import cli, devices, summary
-from wmtp_jax.devices import peak_flops
+from wmtp_jax import cli
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.evaluation.metrics import evaluate
-from wmtp_jax.flops import flops_per_token
-from wmtp_jax.meter import Meter
 from wmtp_jax.model import Model, ModelSettings, split
+from wmtp_jax.parallel import devices
+from wmtp_jax.parallel.devices import peak_flops
+from wmtp_jax.planning.flops import flops_per_token
+from wmtp_jax.run import summary
+from wmtp_jax.run.meter import Meter
+from wmtp_jax.run.stopping import Stopping
 from wmtp_jax.settings import OptimizerSettings, Weighting
-from wmtp_jax.stopping import Stopping
 from wmtp_jax.train_step import loss_and_gradients
 from wmtp_jax.trainable import Trainable
 

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from tests.object_store import BUCKET, client
-from wmtp_jax import storage
 from wmtp_jax.data.corpus import load_corpus
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage import s3 as storage
 
 
 def put(object_store, s3: str, contents: dict[str, bytes]) -> None:

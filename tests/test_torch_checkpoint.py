@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import wmtp_jax.checkpoint
+import wmtp_jax.checkpoint.orbax
 import wmtp_jax.train_step
-from wmtp_jax import step_directories
+from wmtp_jax.checkpoint.parameters import read_parameters
+from wmtp_jax.checkpoint.run_directory import adopt, find_checkpoint
 from wmtp_jax.errors import UserError
-from wmtp_jax.parameters_file import read_parameters
-from wmtp_jax.run_directory import adopt, find_checkpoint
+from wmtp_torch import step_directories
 from wmtp_torch.checkpoint import Checkpoints, load_model
 from wmtp_torch.optimizer import OptimizerState
 from wmtp_torch.train_step import TrainState
@@ -146,8 +146,8 @@ def test_another_run_goes_on_from_a_copy(checkpoints, tmp_path):
 def test_an_optimizer_state_of_the_other_backend_is_refused(checkpoints, tmp_path):
     save(checkpoints, 2)
     with pytest.raises(UserError, match="wmtp_torch, which wmtp_jax can't go on with"):
-        wmtp_jax.checkpoint.Checkpoints(checkpoints.directory, keep_last=2, best_metric="")
-    own = wmtp_jax.checkpoint.Checkpoints(tmp_path / "jax", keep_last=2, best_metric="")
+        wmtp_jax.checkpoint.orbax.Checkpoints(checkpoints.directory, keep_last=2, best_metric="")
+    own = wmtp_jax.checkpoint.orbax.Checkpoints(tmp_path / "jax", keep_last=2, best_metric="")
     own.save(wmtp_jax.train_step.TrainState(jnp.int32(1), jnp.int32(0), {"embedding": jnp.ones(2)}, ()), {})
     own.close()
     with pytest.raises(UserError, match="wmtp_jax, which wmtp_torch can't go on with"):

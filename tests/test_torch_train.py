@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import wmtp_jax.train as in_jax
+import wmtp_jax.run.train as in_jax
 import wmtp_torch.train as in_torch
 from tests.training import comparable, stop_after
-from wmtp_jax import loop, step_directories
+from wmtp_jax.checkpoint.parameters import read_parameters
+from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.cli import Stopped
 from wmtp_jax.config import defaults
 from wmtp_jax.errors import NonFiniteLoss, UserError
-from wmtp_jax.parameters_file import read_parameters
-from wmtp_jax.run_directory import find_checkpoint
+from wmtp_jax.run import loop
+from wmtp_torch import step_directories
 
 ROOT = Path(__file__).parent.parent
 

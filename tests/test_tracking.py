@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wmtp_jax import tracking
+from wmtp_jax.checkpoint.parameters import FILE, read_parameters
 from wmtp_jax.errors import UserError
-from wmtp_jax.journal import only_one
-from wmtp_jax.mlflow_store import mlflow_client
-from wmtp_jax.model_registry import model_files, model_tags
-from wmtp_jax.parameters_file import FILE, read_parameters
-from wmtp_jax.tracking import MetricsFile, Tracker, check_tracking_uri, read_metrics
+from wmtp_jax.tracking.__main__ import main as tracking_command
+from wmtp_jax.tracking.journal import only_one
+from wmtp_jax.tracking.mlflow_store import mlflow_client
+from wmtp_jax.tracking.model_registry import model_files, model_tags
+from wmtp_jax.tracking.tracker import MetricsFile, Tracker, check_tracking_uri, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 240  # seconds for a child process of low priority on a machine that is busy with other tests
@@ -195,7 +195,7 @@ def points(client, run, metric):
 
 
 def replay(*arguments):
-    return tracking.main(["replay", *map(str, arguments)])
+    return tracking_command(["replay", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -423,9 +423,9 @@ def test_killed_training_loses_nothing_it_logged(runs, client):
     run = runs / "killed"
     program = f"""
 import os, signal, sys
-from wmtp_jax.progress import Progress
+from wmtp_jax.run.progress import Progress
 from wmtp_jax.report.curves import draw_curves
-from wmtp_jax.tracking import MetricsFile, Tracker
+from wmtp_jax.tracking.tracker import MetricsFile, Tracker
 Tracker(run_directory={str(run)!r}, run_name="killed")
 file = MetricsFile({str(run / "metrics.jsonl")!r})
 for step in range(50):

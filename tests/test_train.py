@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import wmtp_jax.train as trainer
+import wmtp_jax.run.train as trainer
 from tests.training import comparable, stop_after
-from wmtp_jax.checkpoint import load_model
+from wmtp_jax.checkpoint.orbax import load_model
+from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.cli import Stopped
 from wmtp_jax.errors import NonFiniteLoss, UserError
-from wmtp_jax.run_directory import find_checkpoint
-from wmtp_jax.tracking import read_metrics
+from wmtp_jax.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,8 +39,8 @@ def finished(tiny, tmp_path_factory) -> Path:
 
 def test_kept_tokens_know_their_kinds(finished, python_corpus):
     """As Python's tokenizer sees the files that the rows were cut from, not the pieces in the rows."""
-    from wmtp_jax.data.tokenizer import load_tokenizer
     from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
+    from wmtp_jax.tokenizer.tokenizer import load_tokenizer
 
     tokenizer, whole = load_tokenizer(finished / "tokenizer"), []
     for file in python_corpus.glob("*.py"):
@@ -90,11 +90,11 @@ def test_a_run_directory_holds_what_the_design_says(finished, tiny):
 
 def test_evaluation_is_unweighted_cross_entropy_of_the_held_out_rows(finished, tiny):
     """From the saved parameters, by the logits, in float64."""
-    from wmtp_jax import experiment
     from wmtp_jax.data.pipeline import validation_batches
     from wmtp_jax.model import merge
+    from wmtp_jax.run import unpacking
 
-    corpus = experiment.load_data(tiny())
+    corpus = unpacking.load_data(tiny())
     definition, parameters, _ = load_model(finished)
     model = merge(definition, parameters)
     nats, counts, size = np.zeros(2), np.zeros(2), 0

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import wmtp_jax.train as trainer
+import wmtp_jax.run.train as trainer
 from tests.test_train import assert_same_run
 from tests.training import comparable, stop_after
+from wmtp_jax.checkpoint.parameters import read_parameters
 from wmtp_jax.cli import Stopped
 from wmtp_jax.errors import UserError
-from wmtp_jax.parameters_file import read_parameters
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_stages_are_children_of_the_run_in_mlflow(finished, critic, tmp_path, mo
         def finish(self, status, timeout):
             told.append((self.name, status))
 
-    monkeypatch.setattr("wmtp_jax.stages.Tracker", Recorder)
+    monkeypatch.setattr("wmtp_jax.run.experiment.Tracker", Recorder)
     shutil.copytree(finished, tmp_path / "run")
     train(critic(tracking__enabled=True), tmp_path / "run")
     assert told == [

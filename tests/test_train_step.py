@@ -12,10 +12,10 @@ import optax
 import pytest
 from flax import nnx
 
-import wmtp_jax.train as in_jax
+import wmtp_jax.run.train as in_jax
 from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.model import Model, ModelSettings, merge, split
-from wmtp_jax.placement import Placement
+from wmtp_jax.parallel.placement import Placement
 from wmtp_jax.settings import Weighting
 from wmtp_jax.train_step import (
     Reference,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from wmtp_jax import loop
 from wmtp_jax.config import defaults
-from wmtp_jax.tracking import read_metrics
+from wmtp_jax.run import loop
+from wmtp_jax.tracking.tracker import read_metrics
 
 # Wall-clock measurements differ between two runs of the same arithmetic.
 TIMING = ("time", "train/tokens_per_second", "train/mfu")

@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from wmtp_jax.errors import NonFiniteLoss, UserError
-from wmtp_jax.storage import is_remote, join, shown
+from wmtp_jax.storage.s3 import is_remote, join, shown
 
 
 class Stopped(Exception):

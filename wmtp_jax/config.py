@@ -187,7 +187,7 @@ def defaults() -> ConfigDict:
 
     # How many devices each axis of the mesh has; their product is the number of devices (of all processes). -1, for one of them:
     # those that the others leave, and for data and fsdp as many of these as the rows of a batch can be shared out over. One
-    # device in all: nothing is split. See wmtp_jax/sharding.py.
+    # device in all: nothing is split. See wmtp_jax/parallel/sharding.py.
     c.mesh = ConfigDict()
     c.mesh.data = -1  # rows
     c.mesh.fsdp = 1  # rows, and parameters, gradients and optimizer state over the width

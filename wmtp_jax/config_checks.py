@@ -22,9 +22,9 @@ from wmtp_jax.config import (
     flatten,
     uses_reference,
 )
-from wmtp_jax.distributed import refuse_several
 from wmtp_jax.errors import UserError
-from wmtp_jax.storage import is_remote
+from wmtp_jax.parallel.processes import refuse_several
+from wmtp_jax.storage.s3 import is_remote
 
 
 def check(config: ConfigDict) -> None:

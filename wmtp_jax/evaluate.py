@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from wmtp_jax import cli, storage
+from wmtp_jax import cli
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.tasks import STOPS
+from wmtp_jax.storage import s3
 
 if TYPE_CHECKING:
-    from wmtp_jax.data.tokenizer import Tokenizer
     from wmtp_jax.evaluation.windows import Windows
-    from wmtp_jax.pretrained.whole import Whole
+    from wmtp_jax.export.whole import Whole
+    from wmtp_jax.tokenizer.tokenizer import Tokenizer
 
 TEXT_TASKS = ("likelihood", "heads", "speed")
 TASKS = (*STOPS, *TEXT_TASKS)
@@ -42,13 +43,13 @@ def main() -> None:
     values = flags.FLAGS
     checked = _checked(values)
     # Imported after the flags have been checked, so that --help and a wrong flag answer at once.
+    from wmtp_jax.checkpoint.run_directory import find_checkpoint, locked
     from wmtp_jax.data.build import stop_cleanly
-    from wmtp_jax.devices import choose_device, keep_compiled_programs
     from wmtp_jax.evaluation.coding import check_k
     from wmtp_jax.evaluation.tasks import load_task
-    from wmtp_jax.export import load_whole
-    from wmtp_jax.origins import is_published
-    from wmtp_jax.run_directory import find_checkpoint, locked
+    from wmtp_jax.export.export import load_whole
+    from wmtp_jax.parallel.devices import choose_device, keep_compiled_programs
+    from wmtp_jax.run.inputs import is_published
 
     tasks, ks, sources = checked
     if any(task in STOPS for task in tasks):
@@ -75,9 +76,9 @@ def main() -> None:
     _check_heads(whole, tasks, values.speculative)
     with locked(output, flag="--output"):
         _evaluate(whole, tokenizer, run, texts, coding, output, tasks=tasks, ks=ks, sources=sources)
-        if values.output and storage.is_remote(values.output):
+        if values.output and s3.is_remote(values.output):
             results = [path for path in output.rglob("*") if path.is_file() and not path.name.startswith(".")]
-            storage.upload(values.output, {path.relative_to(output).as_posix(): path for path in results})
+            s3.upload(values.output, {path.relative_to(output).as_posix(): path for path in results})
             print(f"copied to {values.output}")
 
 
@@ -91,9 +92,9 @@ def _evaluate(
     from wmtp_jax.evaluation.heads import head_results, likelihood, measure
     from wmtp_jax.evaluation.results import write_result
     from wmtp_jax.evaluation.speed import measure_speed
+    from wmtp_jax.inference.cached_model import unroll
     from wmtp_jax.model import abstract_parameters, merge, nest
-    from wmtp_jax.model.cached import unroll
-    from wmtp_jax.rewards import parameters_key
+    from wmtp_jax.stored.rewards import parameters_key
 
     values, s = flags.FLAGS, whole.settings
     model = merge(abstract_parameters(s)[0], jax.device_put(nest(dict(whole.named))))
@@ -258,14 +259,14 @@ def _run_texts(run: Path) -> dict[str, Any] | None:
 
 
 def _output(given: str | None, checkpoint: str, run: Path | None) -> Path:
-    if given and storage.is_remote(given):  # worked on here, so that it can be gone on with, and copied there when it is done
-        return Path("runs") / storage.join(given).removeprefix("s3://")
+    if given and s3.is_remote(given):  # worked on here, so that it can be gone on with, and copied there when it is done
+        return Path("runs") / s3.join(given).removeprefix("s3://")
     if given:
         return Path(given).expanduser()
     if run is not None:
-        from wmtp_jax.run_directory import find_checkpoint
+        from wmtp_jax.checkpoint.run_directory import find_checkpoint
 
-        remote = storage.is_remote(checkpoint)  # the copy in the cache is no place for results
+        remote = s3.is_remote(checkpoint)  # the copy in the cache is no place for results
         return (Path("runs") / run.name if remote else run) / "evaluation" / find_checkpoint(checkpoint).name
     return (
         Path("runs")
@@ -293,7 +294,7 @@ def _windows(source: str, texts: dict[str, Any] | None, tokenizer: Tokenizer, se
     if settings.positions == "learned":
         length = min(length, settings.max_positions)
     if source:
-        if storage.is_remote(source) or Path(source).expanduser().is_file():
+        if s3.is_remote(source) or Path(source).expanduser().is_file():
             source = f"jsonl:{source}" if source.endswith(".jsonl") else f"text:{source}"
         if source.partition(":")[0] not in ("python-stdlib", "jsonl", "text", "tfds"):
             raise UserError(f"--data={source}: no such file; a source is python-stdlib, jsonl:PATH, text:GLOB or tfds:NAME")
@@ -317,7 +318,7 @@ def _of_texts(part: Windows) -> dict[str, Any]:
 
 
 def _sampler(weights: Any, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Any:
-    from wmtp_jax.generate import generate
+    from wmtp_jax.inference.generate import generate
 
     values = flags.FLAGS
 

@@ -17,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from wmtp_jax import sharding
+from wmtp_jax.parallel import sharding
 from wmtp_jax.softmax import Softmax, TokenStatistics, check_arguments, finish, merge, rescale, tiling
 
 Array = jax.Array

@@ -6,7 +6,7 @@ from wmtp_jax import cli
 def main() -> None:
     """Flags -> configuration -> `train`."""
     # Imported after the flags have been read, so that --help and a wrong flag answer at once.
-    from wmtp_jax.train import train
+    from wmtp_jax.run.train import train
 
     train(**cli.train_options())
 

@@ -20,10 +20,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from wmtp_jax import cli, costs, summary
+from wmtp_jax import cli
 from wmtp_jax.config import validate
 from wmtp_jax.errors import UserError
-from wmtp_jax.mesh import AXES, Sizes, check_model, check_rows, described, mesh_sizes, micro_batches
+from wmtp_jax.parallel.mesh import AXES, Sizes, check_model, check_rows, described, mesh_sizes, micro_batches
+from wmtp_jax.planning import costs
+from wmtp_jax.run import summary
 from wmtp_jax.settings import ModelSettings
 
 KINDS = (*costs.DEVICES, "cpu")
@@ -77,9 +79,9 @@ def with_rows_for_all(config: ConfigDict, sizes: Sizes) -> tuple[ConfigDict, lis
 
 def model_of(config: ConfigDict) -> ModelSettings:
     """The model that training would make, without its corpus."""
-    from wmtp_jax.data.tokenizer import load_tokenizer
-    from wmtp_jax.experiment import adapter_settings, model_settings
-    from wmtp_jax.origins import base_settings, open_base
+    from wmtp_jax.run.inputs import base_settings, open_base
+    from wmtp_jax.run.unpacking import adapter_settings, model_settings
+    from wmtp_jax.tokenizer.tokenizer import load_tokenizer
 
     c = config.data
     base = open_base(config)
@@ -103,7 +105,7 @@ def report(config: ConfigDict, sizes: Sizes, kind: str, changes: list[str]) -> s
     Raises:
       UserError: the model can't be split so.
     """
-    from wmtp_jax.origins import with_published_trunk
+    from wmtp_jax.run.inputs import with_published_trunk
 
     config = with_published_trunk(config)
     settings = model_of(config)
@@ -167,10 +169,10 @@ def compile_plan(
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", count)
 
-    from wmtp_jax import sharding
-    from wmtp_jax.abstract_update import abstract_reference, bytes_on_a_device, lower_update
-    from wmtp_jax.experiment import trainable, weighting_settings
     from wmtp_jax.model import flatten
+    from wmtp_jax.parallel import sharding
+    from wmtp_jax.planning.abstract_update import abstract_reference, bytes_on_a_device, lower_update
+    from wmtp_jax.run.unpacking import trainable, weighting_settings
 
     weighting = weighting_settings(config)
     # A directory of stored losses is named, or else the step may have to compute them.
@@ -225,7 +227,7 @@ def _device(kind: str, count: int) -> costs.Device:
         return costs.DEVICES[kind]
     import jax
 
-    from wmtp_jax.devices import peak_flops
+    from wmtp_jax.parallel.devices import peak_flops
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
     # Memory at 10 GB/s for all: what one channel of a small machine gives. The peak is for float32, which counts half.

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from wmtp_jax import algorithms, sharding, weighting
+from wmtp_jax import algorithms, weighting
 from wmtp_jax import critic as critics
 from wmtp_jax.losses import TokenStatistics, token_statistics, weighted_mean
 from wmtp_jax.model import Model, Parameters, merge, separate, unite
+from wmtp_jax.parallel import sharding
 from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss, step_metrics
 from wmtp_jax.settings import Critic, Weighting
 from wmtp_jax.trainable import ALL, Trainable

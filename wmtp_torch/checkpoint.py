@@ -1,4 +1,4 @@
-"""Checkpoints: parameters, optimizer state, counters and what made them, one directory a step, as `wmtp_jax.checkpoint` has
+"""Checkpoints: parameters, optimizer state, counters and what made them, one directory a step, as `wmtp_jax.checkpoint.orbax` has
 them. The parameters are in the file that both backends read; the optimizer's moments are in another of the same format.
 """
 
@@ -10,12 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from wmtp_jax.mirror import Mirror
-from wmtp_jax.parameters_file import FILE, check_backend, check_shapes, read_arrays, read_metadata, read_parameters
-from wmtp_jax.run_directory import find_checkpoint
+from wmtp_jax.checkpoint.mirror import Mirror
+from wmtp_jax.checkpoint.parameters import (
+    FILE,
+    check_backend,
+    check_shapes,
+    read_arrays,
+    read_metadata,
+    read_parameters,
+)
+from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.settings import ModelSettings
-from wmtp_jax.step_directories import StepDirectories
 from wmtp_torch.model import Model, Parameters, merge
+from wmtp_torch.step_directories import StepDirectories
 from wmtp_torch.train_step import TrainState
 
 BACKEND = "torch"

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from wmtp_jax.schedule import make_schedule, parameter_kind
 from wmtp_jax.settings import OptimizerSettings
+from wmtp_torch.schedule import make_schedule, parameter_kind
 
 Array = torch.Tensor
 # Newton-Schulz, the momentum of Muon: the constants of its authors and of optax.

@@ -1,8 +1,6 @@
-"""Training in PyTorch: what the stages of an experiment (`wmtp_jax.stages`) and their loop (`wmtp_jax.loop`) are given to
-work with; the mirror of `wmtp_jax.train`.
+"""Training in PyTorch: what the stages of an experiment (`wmtp_jax.run.experiment`) and their loop are given to work with.
 
-`train` is what `main.py` calls. `train_model` and `train_values` read top to bottom as a training does: model, optimizer,
-state, functions of a step, loop, summary.
+The mirror of `wmtp_jax.run.train`.
 """
 
 from __future__ import annotations
@@ -18,19 +16,19 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 
-from wmtp_jax import loop, stage_ends, stages, summary
 from wmtp_jax.cli import StopSignals
 from wmtp_jax.config_checks import check_one_device
 from wmtp_jax.data.pipeline import make_batch
-from wmtp_jax.distributed import one_process as processes  # noqa: F401  of `stage.Backend`
 from wmtp_jax.errors import UserError
-from wmtp_jax.experiment import critic_settings, optimizer_settings, total_steps, trainable, weighting_settings
-from wmtp_jax.flops import measured_peak, peak_of
-from wmtp_jax.origins import is_published
+from wmtp_jax.parallel.peaks import measured_peak, peak_of
+from wmtp_jax.parallel.processes import one_process as processes  # noqa: F401  of `stage.Backend`
 from wmtp_jax.pretrained import Published, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
+from wmtp_jax.run import experiment, loop, stage_ends, summary
+from wmtp_jax.run.inputs import is_published
+from wmtp_jax.run.stage import Stage
+from wmtp_jax.run.unpacking import critic_settings, optimizer_settings, total_steps, trainable, weighting_settings
 from wmtp_jax.settings import ModelSettings
-from wmtp_jax.stage import Stage
 from wmtp_torch import train_step as steps
 from wmtp_torch.checkpoint import Checkpoints, as_tensor, load_model
 from wmtp_torch.model import Model, initial_parameters, merge
@@ -41,8 +39,8 @@ NAME = "torch"  # this and what has no underscore below are `stage.Backend`
 
 
 def train(config: ConfigDict, **options: Any) -> None:
-    """Trains what the configuration describes; `stages.run_experiment` says with what options and errors."""
-    stages.run_experiment(config, sys.modules[__name__], **options)
+    """Trains what the configuration describes; `experiment.run_experiment` says with what options and errors."""
+    experiment.run_experiment(config, sys.modules[__name__], **options)
 
 
 def choose_device(name: str | None, config: ConfigDict) -> torch.device:

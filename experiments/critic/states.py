@@ -29,13 +29,13 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from wmtp_jax import rewards
 from wmtp_jax.data.pipeline import Batches, make_batch, validation_batches
 from wmtp_jax.evaluation.metrics import value_metrics
-from wmtp_jax.experiment import critic_settings, load_data, optimizer_settings, value_config
 from wmtp_jax.model import abstract_parameters, flatten, initial_parameters, merge, nest
 from wmtp_jax.optimizer import make_optimizer
-from wmtp_jax.origins import base_settings, open_base, start_of
+from wmtp_jax.run.inputs import base_settings, open_base, start_of
+from wmtp_jax.run.unpacking import critic_settings, load_data, optimizer_settings, value_config
+from wmtp_jax.stored import rewards
 from wmtp_jax.train_step import shared_states, token_values, value_loss, value_sums
 
 # Two-sided 95% of Student's t, by degrees of freedom.

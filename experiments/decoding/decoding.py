@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from wmtp_jax.checkpoint import load_model
+from wmtp_jax.checkpoint.orbax import load_model
 from wmtp_jax.data.pipeline import make_batch
-from wmtp_jax.data.tokenizer import load_tokenizer
-from wmtp_jax.generate import Generation, generate
+from wmtp_jax.inference.cached_model import Unrolled, unroll
+from wmtp_jax.inference.generate import Generation, generate
 from wmtp_jax.model import ModelSettings, initial_parameters, merge
-from wmtp_jax.model.cached import Unrolled, unroll
 from wmtp_jax.pretrained import load_pretrained, open_pretrained
 from wmtp_jax.settings import Weighting
+from wmtp_jax.tokenizer.tokenizer import load_tokenizer
 from wmtp_jax.train_step import initial_state, train_step
 
 SOURCE = Path(__file__).parents[2] / "wmtp_jax"

@@ -76,8 +76,8 @@ def exactness(directory: Path, texts: list[Path]) -> None:
     import torch
     import transformers
 
-    from wmtp_jax.data.tokenizer import load_tokenizer
     from wmtp_jax.pretrained import load_pretrained
+    from wmtp_jax.tokenizer.tokenizer import load_tokenizer
 
     tokenizer, model = load_tokenizer(directory), load_pretrained(directory)
     narrow, eager, wide = (
@@ -123,7 +123,7 @@ def main() -> None:
 
     sys.path.insert(0, str(ROOT))
     from tests.published_llama import gguf_file, reference_model
-    from wmtp_jax.data.tokenizer import load_tokenizer
+    from wmtp_jax.tokenizer.tokenizer import load_tokenizer
 
     pairs = int(sys.argv[1].partition("=")[2]) if len(sys.argv) > 1 else 7
     with tempfile.TemporaryDirectory() as scratch:

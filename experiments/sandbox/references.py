@@ -14,10 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from wmtp_jax.data.judging import in_parallel
 from wmtp_jax.evaluation.results import append
-from wmtp_jax.evaluation.sandbox import capabilities, run_program
 from wmtp_jax.evaluation.tasks import Task, load_task, scorer_record, verdict
+from wmtp_jax.sandbox.judging import in_parallel
+from wmtp_jax.sandbox.sandbox import capabilities, run_program
 
 _SECONDS = 30.0  # A loaded machine is not what is asked about.
 

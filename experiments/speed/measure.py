@@ -53,9 +53,9 @@ import tables  # noqa: E402
 from torch_model import resident  # noqa: E402
 from updates import ALGORITHMS, EAGER, PEERS, Shape, Update, full_logits_loss, jax_update, peer  # noqa: E402
 
-from wmtp_jax.devices import peak_flops, set_gpu_flags  # noqa: E402
-from wmtp_jax.flops import flops_per_token, recomputed_flops_per_token  # noqa: E402
 from wmtp_jax.model import abstract_parameters, merge  # noqa: E402
+from wmtp_jax.parallel.devices import peak_flops, set_gpu_flags  # noqa: E402
+from wmtp_jax.planning.flops import flops_per_token, recomputed_flops_per_token  # noqa: E402
 
 KINDS = ("linear", "block", "sequential")
 SUITES = {

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.object_store import BUCKET, client, serving  # noqa: E402
-from wmtp_jax.manifest import MANIFEST, seal  # noqa: E402
-from wmtp_jax.mirror import QUEUE, Mirror  # noqa: E402
+from wmtp_jax.checkpoint.manifest import MANIFEST, seal  # noqa: E402
+from wmtp_jax.checkpoint.mirror import QUEUE, Mirror  # noqa: E402
 
 MB = 10**6
 # boto3's `upload_file` as it is, in a process of its own, which tells the seconds of each call for a line on its input.

@@ -19,8 +19,8 @@ from flax import traverse_util
 
 import wmtp_jax.train_step
 import wmtp_torch.train_step
-from wmtp_jax.checkpoint import Checkpoints
-from wmtp_jax.checkpoint import load_model as load_in_jax
+from wmtp_jax.checkpoint.orbax import Checkpoints
+from wmtp_jax.checkpoint.orbax import load_model as load_in_jax
 from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.losses import weighted_mean
 from wmtp_jax.model import ModelSettings, abstract_parameters, nest

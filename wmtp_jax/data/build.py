@@ -22,10 +22,10 @@ from types import FrameType, ModuleType
 from absl import flags
 
 from wmtp_jax import cli
-from wmtp_jax.data.judging import failure, in_parallel
 from wmtp_jax.data.problems import READERS, Problem, mbpp
 from wmtp_jax.data.records import SPLITS, find_files, read_records, split_of
 from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.sandbox.judging import failure, in_parallel
 
 # The published division of the one file that MBPP comes as.
 _MBPP_LAST_IDS = ((10, "prompt"), (510, "test"), (600, "validation"), (974, "train"))

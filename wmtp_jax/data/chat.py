@@ -8,8 +8,8 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 
-from wmtp_jax.data.tokenizer import Part, Tokenizer
 from wmtp_jax.errors import UserError
+from wmtp_jax.tokenizer.tokenizer import Part, Tokenizer
 
 Message = dict[str, object]
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from wmtp_jax.data import cache, packing
+from wmtp_jax.data import packing
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.documents import FIELDS, Document, digest_of
 from wmtp_jax.data.packer import SourcePacker, too_long_message
 from wmtp_jax.data.scan import DROPPED, SPLITS, Scan, read_documents, scan
 from wmtp_jax.data.sources import Source, open_source
-from wmtp_jax.data.tokenizer import MIN_BPE_VOCABULARY, Tokenizer, load_tokenizer, train_bpe
 from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.storage import cache
+from wmtp_jax.tokenizer.tokenizer import MIN_BPE_VOCABULARY, Tokenizer, load_tokenizer, train_bpe
 
 _log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import math
 from typing import NamedTuple
 
 from wmtp_jax.data.chat import Chat
-from wmtp_jax.data.tokenizer import Part
 from wmtp_jax.errors import UserError
+from wmtp_jax.tokenizer.tokenizer import Part
 
 FIELDS = ("text", "prompt", "completion", "messages", "problem")
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from absl import flags
 
 from wmtp_jax import cli
-from wmtp_jax.data import cache
 from wmtp_jax.data.build import check_runs, stop_cleanly
-from wmtp_jax.data.judging import failure, in_parallel
 from wmtp_jax.data.mutations import mutants
 from wmtp_jax.data.problems import Problem, mbpp
 from wmtp_jax.data.records import find_files, read_records
 from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.sandbox.judging import failure, in_parallel
+from wmtp_jax.storage import cache
 
 # Of the mutants of a problem, most fail; where so many don't, no more are tried.
 _TRIES = 5

@@ -10,8 +10,8 @@ import numpy as np
 from wmtp_jax.data import packing
 from wmtp_jax.data.documents import Document
 from wmtp_jax.data.scan import SPLITS
-from wmtp_jax.data.tokenizer import Part, Tokenizer
 from wmtp_jax.errors import UserError
+from wmtp_jax.tokenizer.tokenizer import Part, Tokenizer
 
 
 class SourcePacker:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from wmtp_jax import storage
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.documents import Document, document_of, parse_line
 from wmtp_jax.data.problems import documents
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage import s3
 
 KNOWN_SOURCES = (
     "python-stdlib, jsonl:PATH (objects with `text`, `prompt` and `completion`, or `messages`), text:GLOB, "
@@ -99,7 +99,7 @@ def _stdlib_files(root: str) -> Iterator[SourceFile]:
 
 
 def _glob_source(name: str, pattern: str, read: Callable[[SourceFile, Hash], Iterator[Document | None]]) -> Source:
-    pattern = storage.local_glob(pattern) if storage.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
+    pattern = s3.local_glob(pattern) if s3.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
     if os.path.isdir(pattern):
         raise UserError(f"config.data.sources: {name} is a directory; name its files, as in {name.rstrip('/')}/**/*")
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))

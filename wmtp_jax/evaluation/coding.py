@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from wmtp_jax.data.judging import OUTPUT_RULE, in_parallel
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.pass_at_k import mean_pass_at_k
 from wmtp_jax.evaluation.results import append, chunks, read_lines, same_settings, write_result
 from wmtp_jax.evaluation.tasks import Task, completion_of, scorer_record, verdict
+from wmtp_jax.sandbox.judging import OUTPUT_RULE, in_parallel
 
 # Prompts and a seed -> a text and why it ended of each, and sums for the statistics.
 Sampler = Callable[[Sequence[str], int], tuple[list[str], list[str], dict[str, float]]]

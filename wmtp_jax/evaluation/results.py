@@ -36,8 +36,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wmtp_jax.checkpoint.run_directory import write_json
 from wmtp_jax.errors import UserError, disk_errors
-from wmtp_jax.run_directory import write_json
 
 FLAG = "--output"
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from wmtp_jax.data.packing import Rows
-from wmtp_jax.data.tokenizer import Tokenizer
 from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
+from wmtp_jax.tokenizer.tokenizer import Tokenizer
 
 _OTHER = KINDS.index("other")
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.windows import Windows
-from wmtp_jax.generate import Generation, generate
-from wmtp_jax.model.cached import Unrolled
+from wmtp_jax.inference.cached_model import Unrolled
+from wmtp_jax.inference.generate import Generation, generate
 
 
 def measure_speed(

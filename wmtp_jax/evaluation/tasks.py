@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wmtp_jax.data.documents import string_field
-from wmtp_jax.data.judging import failure
 from wmtp_jax.data.problems import READERS, Problem, strings_field
 from wmtp_jax.data.records import find_files, read_records, split_of
 from wmtp_jax.errors import UserError
+from wmtp_jax.sandbox.judging import failure
 
 # What a solution never goes on with, so that its text can end there. HumanEval's are those of its paper.
 STOPS: dict[str, tuple[str, ...]] = {

@@ -14,9 +14,9 @@ from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.documents import Document, digest_of
 from wmtp_jax.data.scan import DROPPED, is_validation, read_documents
 from wmtp_jax.data.sources import open_source
-from wmtp_jax.data.tokenizer import Part, Tokenizer
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
+from wmtp_jax.tokenizer.tokenizer import Part, Tokenizer
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from wmtp_jax.parallel.sharding import constrain, current_mesh
 from wmtp_jax.settings import ModelSettings, rotary_frequencies
-from wmtp_jax.sharding import constrain, current_mesh
 
 Array = jax.Array
 

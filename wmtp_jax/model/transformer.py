@@ -24,8 +24,8 @@ from wmtp_jax.model.layers import (
     rotary_tables,
     stack,
 )
+from wmtp_jax.parallel.sharding import constrain, lookup
 from wmtp_jax.settings import ModelSettings
-from wmtp_jax.sharding import constrain, lookup
 
 
 class SequentialHead(nnx.Module):

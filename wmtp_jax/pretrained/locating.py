@@ -7,8 +7,8 @@ import importlib.util
 import re
 from pathlib import Path
 
-from wmtp_jax import hub, storage
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage import hub, s3
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _PACKAGE = "package:"
@@ -33,7 +33,7 @@ def locate(path: str | Path) -> tuple[Path, str]:
     Raises:
       UserError: there is no such path, and it is not a hub name, or the hub does not give it.
     """
-    local = storage.local(path)
+    local = s3.local(path)
     if local.exists():
         return local, ""
     name = str(path)

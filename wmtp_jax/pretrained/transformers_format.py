@@ -56,7 +56,7 @@ _GPT2_OUTER = {
     "unembedding": "lm_head.weight",
 }
 
-# Heads beside the model, see `wmtp_jax.export`.
+# Heads beside the model, see `wmtp_jax.export.export`.
 HEADS_FILE, DESCRIPTION_FILE = "wmtp_heads.safetensors", "wmtp_heads.json"
 _JOINING = {"project": "eh_proj", "embedding_norm": "enorm", "hidden_norm": "hnorm", "output_norm": "post_norm"}
 _DEEPSEEK_JOINING = _JOINING | {"output_norm": "shared_head.norm"}

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
-from wmtp_jax import cli, storage
+from wmtp_jax import cli
 from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.storage import s3
 
 _FRAME = 60_000  # bytes of markup, style and script
 
@@ -30,7 +31,7 @@ def main(paths: list[str]) -> None:
             raise UserError(f"--{name}={values[name].value}: at least 1")
     if values.megabytes <= 0:
         raise UserError(f"--megabytes={values.megabytes}: more than 0")
-    if values.mlflow and storage.is_remote(paths[0]):
+    if values.mlflow and s3.is_remote(paths[0]):
         raise UserError(f"--mlflow: {paths[0]} is a copy in object storage; name the run's own directory first")
     # Imported after the flags have been checked, so that --help and a wrong flag answer at once.
     from wmtp_jax.report.content import page_content
@@ -51,7 +52,7 @@ def main(paths: list[str]) -> None:
         "mapLeftOut": not values.tokens,
     }
     text = render(content, title=f"{', '.join(group.label for group in groups)} – WMTP")
-    remote = values.output if values.output and storage.is_remote(values.output) else None
+    remote = values.output if values.output and s3.is_remote(values.output) else None
     with tempfile.TemporaryDirectory() as scratch:
         page = _place(Path(scratch) / Path(remote).name if remote else values.output, paths[0])
         figures = page.parent / "figures"
@@ -63,19 +64,19 @@ def main(paths: list[str]) -> None:
             drawn = draw_figures(figures, content, runs, groups, documents) if values.png else []
         where, beside = str(page), f"{figures}/"
         if remote:
-            root = remote.rpartition("/")[0] if remote.endswith(".html") else storage.join(remote)
-            where, beside = storage.join(root, page.name), storage.join(root, "figures/")
+            root = remote.rpartition("/")[0] if remote.endswith(".html") else s3.join(remote)
+            where, beside = s3.join(root, page.name), s3.join(root, "figures/")
             for file in (page, *drawn):
-                address, data = storage.join(root, file.relative_to(page.parent).as_posix()), file.read_bytes()
-                storage.patiently(lambda address=address, data=data: storage.put(address, data))
+                address, data = s3.join(root, file.relative_to(page.parent).as_posix()), file.read_bytes()
+                s3.patiently(lambda address=address, data=data: s3.put(address, data))
         for run in runs:
             if run.missing:
-                print(f"{storage.shown(str(run.path))}: {', '.join(run.missing)}")
+                print(f"{s3.shown(str(run.path))}: {', '.join(run.missing)}")
         print(f"{where}: {len(text.encode()) / 1e6:.2f} MB" + (f"; of the token map: {left}" if left else ""))
         if drawn:
             print(f"{beside}: the same figures as PNG")
         if values.mlflow:
-            from wmtp_jax.tracking import log_artifacts
+            from wmtp_jax.tracking.tracker import log_artifacts
 
             artifacts = {page: "report", **dict.fromkeys(drawn, "report/figures")}
             print(f"MLflow: artifacts in report/ of run {log_artifacts(runs[0].path, artifacts)}")
@@ -84,7 +85,7 @@ def main(paths: list[str]) -> None:
 def _place(output: str | Path | None, run: str) -> Path:
     """The page's path: where the flag says, or else in the run, or in runs/NAME for a run in object storage."""
     # The copy in the cache is no place for results.
-    own = Path("runs") / storage.join(run).rpartition("/")[2] if storage.is_remote(run) else Path(run)
+    own = Path("runs") / s3.join(run).rpartition("/")[2] if s3.is_remote(run) else Path(run)
     directory = Path(output) if output else own / "report"
     return directory if directory.suffix == ".html" else directory / "index.html"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wmtp_jax.metrics_file import METRICS_FILE, read_metrics
+from wmtp_jax.tracking.metrics_file import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import, and a training needs it at the end only
     from matplotlib.axes import Axes

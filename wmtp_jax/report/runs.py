@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wmtp_jax import storage
 from wmtp_jax.errors import UserError
-from wmtp_jax.metrics_file import METRICS_FILE, read_metrics
+from wmtp_jax.storage import s3
+from wmtp_jax.tracking.metrics_file import METRICS_FILE, read_metrics
 
 # Two runs that differ in these alone are seeds of one another: where things lie, how often they are written.
 _SAME_EXPERIMENT = ("train.seed", "train.log_every", "data.cache_dir", "data.prefetch", "eval.", "checkpoint.", "tracking.")
@@ -72,7 +72,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     Raises:
       UserError: one of them is no run, one of its files is damaged, or there is nothing to show yet; names it.
     """
-    directories = [storage.outputs(path) for path in paths]
+    directories = [s3.outputs(path) for path in paths]
     seen: dict[Path, Path] = {}
     for directory in directories:
         if (whole := directory.absolute().resolve()) in seen:

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from wmtp_jax.data.tokenizer import Tokenizer, load_tokenizer
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.token_kinds import KINDS
 from wmtp_jax.report.runs import Run
+from wmtp_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 BY_HEAD = ("weight", "loss", "reference_loss", "reference_entropy")
 QUANTITIES = (*BY_HEAD, "value")

@@ -1,0 +1,137 @@
+"""What a run is made from besides its data: published weights, and models that other runs left."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from wmtp_jax.checkpoint.parameters import read_parameters
+from wmtp_jax.checkpoint.run_directory import find_checkpoint
+from wmtp_jax.errors import UserError
+from wmtp_jax.pretrained import Published, open_pretrained
+from wmtp_jax.pretrained.gathering import gather
+from wmtp_jax.pretrained.locating import is_remote, locate
+from wmtp_jax.pretrained.published import with_heads
+from wmtp_jax.pretrained.values import read_json
+from wmtp_jax.settings import ModelSettings
+from wmtp_jax.storage import s3
+from wmtp_jax.stored.rewards import parameters_key
+from wmtp_jax.tokenizer.tokenizer import Tokenizer
+
+# Shapes of parameters by dotted name -> those parameters, one by one, float32.
+Start = Callable[[Mapping[str, tuple[int, ...]]], Iterable[tuple[str, np.ndarray]]]
+
+# Rows of an unembedding that no token has are padding, which publishers add to a round number; more than this share of the
+# vocabulary is another tokenizer.
+_MOST_PADDING = 0.1
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether a path stands for published weights, and not for a run or a checkpoint of this program."""
+    local = s3.local(path)
+    if not local.is_dir():
+        return local.is_file() or (not local.exists() and is_remote(path))
+    if (local / "params.json").exists():
+        return True
+    # A run's directory has a config.json as well, which names no model_type.
+    return (local / "config.json").exists() and "model_type" in read_json(local / "config.json")
+
+
+def tokenizer_of(path: str | Path) -> str:
+    """Where the tokenizer of a model lies, for `load_tokenizer`: a run's, or the one that came with published weights."""
+    return str(locate(path)[0] if is_published(path) else find_checkpoint(path).parent.parent / "tokenizer")
+
+
+def model_key(path: str | Path) -> str:
+    """A hash of a model's parameters: of the published files, or of the arrays of a checkpoint."""
+    return open_pretrained(path).key if is_published(path) else parameters_key(read_parameters(path)[0])
+
+
+# ---- published weights as the start of a training ----------------------------------------------------------------------
+
+
+def with_published_trunk(config: ConfigDict) -> ConfigDict:
+    """The configuration in which a `critic.trunk` of published weights is what it is short for: `pretrained.path`, and no
+    stage that trains a trunk first.
+
+    Raises:
+      UserError: `pretrained.path` names others.
+    """
+    trunk = config.critic.trunk
+    if config.weighting.algorithm != "critic-wmtp" or not trunk or not is_published(trunk):
+        return config
+    if config.pretrained.path not in ("", trunk):
+        raise UserError(
+            f"config.critic.trunk = {trunk!r} and config.pretrained.path = {config.pretrained.path!r}: both are published "
+            "weights; give one of them"
+        )
+    changed = ConfigDict(config.to_dict())
+    changed.pretrained.path, changed.critic.trunk, changed.critic.trunk_steps = trunk, "", 0
+    return changed.lock()
+
+
+def open_base(config: ConfigDict) -> Published | None:
+    """The published weights that training starts from; None where it starts from random ones."""
+    return open_pretrained(config.pretrained.path) if config.pretrained.path else None
+
+
+def base_settings(base: Published, config: ConfigDict) -> ModelSettings:
+    """The published model with the heads of the configuration, computed as it says.
+
+    Raises:
+      UserError: heads that the weights can't have, or rows that are longer than the learned positions.
+    """
+    model, published = config.model, base.settings
+    settings = with_heads(published, num_heads=model.heads.count, head_kind=model.heads.kind, where=base.path)
+    if published.positions == "learned" and published.max_positions < config.data.sequence_length:
+        raise UserError(
+            f"config.data.sequence_length = {config.data.sequence_length}: {base.path} has {published.max_positions} learned "
+            "positions; give at most so many"
+        )
+    return dataclasses.replace(settings, compute_dtype=model.compute_dtype, remat=model.remat)
+
+
+def start_of(base: Published, config: ConfigDict) -> tuple[Start, str]:
+    """The published parameters with new heads, and their key."""
+    heads = {"num_heads": config.model.heads.count, "head_kind": config.model.heads.kind}
+    return functools.partial(gather, base, **heads), f"{base.key}:{heads['num_heads']}:{heads['head_kind']}"
+
+
+def describe_base(base: Published) -> dict[str, Any]:
+    """What every checkpoint says of the published weights that it came from, as JSON values.
+
+    Returns:
+      `path`, `revision` (the hub's commit, or ""), `format` (transformers | gguf | meta), `family`, `key` (a hash of the
+      files), `config` (config.json, params.json, or a GGUF file's scalars) and `generation_config` (or None).
+    """
+    beside = base.path / "generation_config.json"
+    generation = read_json(beside) if base.format == "transformers" and beside.exists() else None
+    about = {"path": str(base.path), "revision": base.revision, "format": base.format, "family": base.family}
+    plain = json.loads(json.dumps(base.config))
+    return {**about, "key": base.key, "config": plain, "generation_config": generation}
+
+
+def check_vocabulary(base: Published, tokenizer: Tokenizer, *, key: str) -> None:
+    """Refuses a tokenizer that is not the weights': more tokens than they have, or far fewer.
+
+    Args:
+      base: published weights.
+      tokenizer: what texts are cut with.
+      key: what the message begins with.
+
+    Raises:
+      UserError: names both sizes.
+    """
+    rows, tokens = base.settings.vocabulary_size, tokenizer.vocabulary_size
+    if tokens > rows or rows - tokens > _MOST_PADDING * rows:
+        raise UserError(
+            f"{key}: {base.path} has a vocabulary of {rows}, the tokenizer one of {tokens}; give weights and tokenizer that "
+            "belong together" + (" (config.data.tokenizer names another tokenizer)" if key.startswith("config.") else "")
+        )
