@@ -15,8 +15,8 @@ from tests.object_store import READER
 from wmtp_jax.checkpoint import mirror
 from wmtp_jax.checkpoint.manifest import MANIFEST, problem, seal, settle
 from wmtp_jax.checkpoint.mirror import Mirror, claim, mirrored, pull, push
-from wmtp_jax.checkpoint.mirror import main as mirror_command
 from wmtp_jax.errors import UserError
+from wmtp_jax.mirror import main as mirror_command
 from wmtp_jax.run.compatible import explained_variance
 from wmtp_jax.storage import s3 as storage
 from wmtp_torch.step_directories import StepDirectories

@@ -121,7 +121,7 @@ def test_sigterm_saves_though_two_uploads_are_outstanding(settings, undisturbed,
     newest = max((p for p in (workdir / "checkpoints").iterdir()), key=lambda p: int(p.name))
     assert problem(newest) == "" and f"stopped by a signal after step {newest.name} and saved" in out + err
     assert (newest / MANIFEST).stat().st_mtime - time.time() + took < 30 and took < 30
-    assert "not everything was uploaded within 12 s" in err and "python -m wmtp_jax.checkpoint.mirror push" in err
+    assert "not everything was uploaded within 12 s" in err and "python -m wmtp_jax.mirror push" in err
     done = run([*settings, f"--config.checkpoint.remote=s3://wmtp/{tmp_path.name}"], workdir, **object_store.environment)
     assert done.returncode == 0, done.stderr
     assert_same_end(workdir, undisturbed)

@@ -1,8 +1,8 @@
 """A run's copy in object storage.
 
-    python -m wmtp_jax.checkpoint.mirror push RUN s3://BUCKET/PREFIX    uploads what is not there yet
-    python -m wmtp_jax.checkpoint.mirror pull s3://BUCKET/PREFIX RUN    fetches the newest whole checkpoints and what belongs to them
-    python -m wmtp_jax.checkpoint.mirror check RUN                      compares every checkpoint here with its manifest
+    python -m wmtp_jax.mirror push RUN s3://BUCKET/PREFIX    uploads what is not there yet
+    python -m wmtp_jax.mirror pull s3://BUCKET/PREFIX RUN    fetches the newest whole checkpoints and what belongs to them
+    python -m wmtp_jax.mirror check RUN                      compares every checkpoint here with its manifest
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from wmtp_jax.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line above."""
-    parser = argparse.ArgumentParser(prog="python -m wmtp_jax.checkpoint.mirror", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m wmtp_jax.mirror", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_ in (("push", "upload a run"), ("pull", "fetch a run"), ("check", "compare checkpoints with manifests")):
         command = commands.add_parser(name, help=help_)

@@ -58,7 +58,7 @@ class Mirror:
         package_root = str(Path(__file__).resolve().parents[2])
         search_path = os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH"))))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "wmtp_jax.checkpoint.mirror", "follow", str(self._run), address, "--parent", str(os.getpid())],
+            [sys.executable, "-m", "wmtp_jax.mirror", "follow", str(self._run), address, "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": search_path},
@@ -126,7 +126,7 @@ def mirrored(
         yield None
         return
     mirror = Mirror(run, address, is_asked_to_stop=is_asked_to_stop)
-    left = f"all of it is in {run}; when {address} can be written to: python -m wmtp_jax.checkpoint.mirror push {run} {address}"
+    left = f"all of it is in {run}; when {address} can be written to: python -m wmtp_jax.mirror push {run} {address}"
     try:
         yield mirror
     except BaseException as error:
