@@ -638,8 +638,9 @@ def write_gguf(path, model, kind=F32, *, keys=(), drop=(), add=(), tokens=V):
         metadata["llama.rope.scaling.factor"] = ("float32", config.rope_parameters["factor"])
     for key, (form, value) in (metadata | dict(keys)).items():
         getattr(writer, f"add_{form}")(key, value)
-    writer.add_array("tokenizer.ggml.tokens", [f"token{i}" for i in range(tokens)])
-    writer.add_array("tokenizer.ggml.scores", [0.5] * tokens)
+    spelled = [f"token{i}" for i in range(tokens)] if isinstance(tokens, int) else tokens
+    writer.add_array("tokenizer.ggml.tokens", spelled)
+    writer.add_array("tokenizer.ggml.scores", [0.5] * len(spelled))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, array in state.items():
         if config.tie_word_embeddings and name == "lm_head.weight":

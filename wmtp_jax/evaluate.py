@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +134,11 @@ def _evaluate(
             weights = unroll(model, drafting=bool(values.speculative))
             sampling = {"temperature": values.temperature, "top_p": values.top_p, "top_k": values.top_k}
             sampling |= {"max_new_tokens": values.max_new_tokens, "speculative": bool(values.speculative)}
+            sampling["end_tokens"] = whole.end_tokens
             result = evaluate_task(
-                coding[task], _sampler(weights, tokenizer, coding[task].stops), output, n=values.n, ks=ks, seed=values.seed,
-                timeout_seconds=values.timeout, about=about, sampling=sampling, jobs=values.jobs or None, say=_say,
+                coding[task], _sampler(weights, tokenizer, whole.end_tokens, coding[task].stops), output, n=values.n, ks=ks,
+                seed=values.seed, timeout_seconds=values.timeout, about=about, sampling=sampling, jobs=values.jobs or None,
+                say=_say,
             )  # fmt: skip
             write_result(output, task, result | {"versions": versions})
         elif task == "likelihood":
@@ -317,7 +320,7 @@ def _of_texts(part: Windows) -> dict[str, Any]:
     }
 
 
-def _sampler(weights: Any, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Any:
+def _sampler(weights: Any, tokenizer: Tokenizer, end_tokens: Sequence[int], stops: tuple[str, ...]) -> Any:
     from wmtp_jax.inference.generate import generate
 
     values = flags.FLAGS
@@ -325,7 +328,7 @@ def _sampler(weights: Any, tokenizer: Tokenizer, stops: tuple[str, ...]) -> Any:
     def sample(prompts: Any, seed: int) -> tuple[list[str], list[str], dict[str, float]]:
         got = generate(
             weights, tokenizer.encode_batch(prompts), max_new_tokens=values.max_new_tokens, temperature=values.temperature,
-            top_k=values.top_k, top_p=values.top_p, stop_tokens=[tokenizer.end_of_text_id], stop_strings=stops,
+            top_k=values.top_k, top_p=values.top_p, stop_tokens=end_tokens, stop_strings=stops,
             tokenizer=tokenizer, seed=seed, speculative=bool(values.speculative), batch_size=values.batch_size,
         )  # fmt: skip
         did = got.statistics

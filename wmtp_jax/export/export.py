@@ -31,7 +31,7 @@ from wmtp_jax.pretrained import open_pretrained
 from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.pretrained.safetensors_file import write_file
 from wmtp_jax.pretrained.transformers_format import DESCRIPTION_FILE, HEADS_FILE
-from wmtp_jax.run.inputs import check_vocabulary, describe_base, is_published, tokenizer_of
+from wmtp_jax.run.inputs import check_vocabulary, describe_base, end_tokens, is_published, tokenizer_of
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.storage import s3
 from wmtp_jax.storage.cache import cache_directory
@@ -136,10 +136,12 @@ def load_whole(path: str | Path) -> tuple[Whole, Tokenizer | None]:
     named = {name: array for name, array in named.items() if not name.startswith("value_head.")}
     check_shapes(named, _abstract(settings), where)
     settings = dataclasses.replace(settings, compute_dtype="float32", remat="none")
-    ends = {}
-    if tokenizer is not None:
-        ends = {"end_of_text": tokenizer.end_of_text_id, "begin_of_text": tokenizer.special_token_id("bos_token")}
-    return Whole(where, settings, named, origin, **ends), tokenizer
+    ends = end_tokens(origin, settings.vocabulary_size)
+    if tokenizer is None:
+        return Whole(where, settings, named, origin, end_tokens=ends), None
+    end, begin = tokenizer.end_of_text_id, tokenizer.special_token_id("bos_token")
+    ends = tuple(dict.fromkeys([*ends, end]))
+    return Whole(where, settings, named, origin, end_of_text=end, begin_of_text=begin, end_tokens=ends), tokenizer
 
 
 def refuse_unexpressed(whole: Whole, to: str) -> str:

@@ -71,10 +71,11 @@ def config_of(whole: Whole, family: str) -> Config:
 
 
 def generation_config_of(whole: Whole, config: Config) -> Config:
-    """`generation_config.json`: the published one, or what ends and begins a text."""
-    if whole.origin.get("generation_config"):
-        return dict(whole.origin["generation_config"])
-    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+    """`generation_config.json`: the published one, or what begins and ends a text; with every token that ends one."""
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    made = whole.origin.get("generation_config") or {key: config[key] for key in special if config.get(key) is not None}
+    ends = list(whole.end_tokens)
+    return made | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
 
 
 def trunk_tensors(whole: Whole, family: str) -> dict[str, Lazy]:

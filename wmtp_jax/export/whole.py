@@ -31,6 +31,7 @@ class Whole:
       origin: what the checkpoint says of the published weights that it came from (`origins.describe_base`), or {}.
       end_of_text: id of the token that ends a text; None without a tokenizer.
       begin_of_text: id of the token that begins one, where the tokenizer names it.
+      end_tokens: ids at which generation stops: those that the publisher lists, and `end_of_text`.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class Whole:
     origin: Mapping[str, Any]
     end_of_text: int | None = None
     begin_of_text: int | None = None
+    end_tokens: tuple[int, ...] = ()
 
     def read(self, name: str) -> np.ndarray:
         """A tensor of the model, a view where it can be."""

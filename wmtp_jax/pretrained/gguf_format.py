@@ -44,6 +44,10 @@ _KNOWN = frozenset(
     "feed_forward_length rope.dimension_count rope.freq_base rope.scaling.factor rope.scaling.finetuned "
     "rope.scaling.original_context_length rope.scaling.type vocab_size".split()
 )
+# What chat models spell the end of a turn like.
+_END_NAMES = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <end_of_turn> <|endoftext|> <|end_of_text|> <|eom_id|> <EOT>".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +105,26 @@ def open_file(path: Path) -> Published:
         return array.T if _transposed(ours) else array
 
     scalars = {key: value for key, value in metadata.items() if not isinstance(value, _Array)}
-    return Published(path, family, settings, read, format="gguf", config=scalars, files=(path,))
+    generation = {"eos_token_id": ends} if (ends := _end_tokens(metadata, path)) else None
+    return Published(
+        path, family, settings, read, "gguf", config=scalars, files=(path,), generation_config=generation
+    )
+
+
+def _end_tokens(metadata: dict[str, Any], path: Path) -> list[int]:
+    """Ids of the tokens that end a text, a turn or a message. Older files do not name the second: llama.cpp then finds it, and
+    more ends, by their usual spellings (`llama_vocab::impl::load` in src/llama-vocab.cpp)."""
+    ends = []
+    for key in ("eos", "eot", "eom"):
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and (type(index) is not int or index < 0):
+            raise UserError(f"{path}: tokenizer.ggml.{key}_token_id = {index!r}: must be a token id")
+        if index is not None:
+            ends.append(index)
+    if "tokenizer.ggml.eot_token_id" not in metadata and isinstance(metadata.get("tokenizer.ggml.tokens"), _Array):
+        tokens = read_header(path, arrays=True)[0]["tokenizer.ggml.tokens"]
+        ends += [index for index, token in enumerate(tokens) if token in _END_NAMES]
+    return list(dict.fromkeys(ends))
 
 
 def _transposed(ours: str) -> bool:

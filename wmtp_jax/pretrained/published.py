@@ -35,6 +35,8 @@ class Published:
       format: transformers | gguf | meta.
       config: what the publisher says of the model: `config.json`, `params.json`, or the scalars of a GGUF file's metadata.
       files: all that the model is made of.
+      generation_config: what the publisher says of generation (`generation_config.json`, or the same made of a GGUF file's
+        metadata); None where nothing is said.
       revision: the commit of a hub snapshot, "" for a local path.
     """
 
@@ -45,6 +47,7 @@ class Published:
     format: str
     config: dict[str, Any]
     files: tuple[Path, ...]
+    generation_config: dict[str, Any] | None = None
     revision: str = ""
 
     @functools.cached_property

@@ -145,7 +145,11 @@ def open_directory(directory: Path, *, classifier: bool = False) -> Published:
 
     weights = sorted({stored[place.name].path for place in plan.values()})
     files = (where, *([description] if settings.num_heads > 1 and not deeper else []), *weights)
-    return Published(directory, name, settings, read, format="transformers", config=read_json(where), files=files)
+    beside = directory / "generation_config.json"
+    generation = read_json(beside) if beside.exists() else None
+    return Published(
+        directory, name, settings, read, "transformers", config=read_json(where), files=files, generation_config=generation
+    )
 
 
 def read_settings(where: Path, *, classifier: bool = False) -> tuple[str, ModelSettings]:

@@ -109,13 +109,32 @@ def describe_base(base: Published) -> dict[str, Any]:
 
     Returns:
       `path`, `revision` (the hub's commit, or ""), `format` (transformers | gguf | meta), `family`, `key` (a hash of the
-      files), `config` (config.json, params.json, or a GGUF file's scalars) and `generation_config` (or None).
+      files), `config` (config.json, params.json, or a GGUF file's scalars) and `generation_config` (see `Published`).
     """
-    beside = base.path / "generation_config.json"
-    generation = read_json(beside) if base.format == "transformers" and beside.exists() else None
     about = {"path": str(base.path), "revision": base.revision, "format": base.format, "family": base.family}
     plain = json.loads(json.dumps(base.config))
-    return {**about, "key": base.key, "config": plain, "generation_config": generation}
+    return {**about, "key": base.key, "config": plain, "generation_config": base.generation_config}
+
+
+def end_tokens(origin: Mapping[str, Any], vocabulary_size: int) -> tuple[int, ...]:
+    """The tokens at which the publisher of a model has generation stop: of generation_config.json, else of config.json.
+
+    Args:
+      origin: as `describe_base` gives it, or {}.
+      vocabulary_size: ids past it are never sampled, and left out.
+
+    Raises:
+      UserError: `eos_token_id` is neither an id nor a list of ids.
+    """
+    for name in ("generation_config", "config"):
+        ends = (origin.get(name) or {}).get("eos_token_id")
+        if ends is None:
+            continue
+        ends = ends if isinstance(ends, list) else [ends]
+        if any(type(index) is not int for index in ends):
+            raise UserError(f"{origin['path']}: eos_token_id of its {name} = {ends!r}: must be a token id, or a list of them")
+        return tuple(index for index in ends if 0 <= index < vocabulary_size)
+    return ()
 
 
 def check_vocabulary(base: Published, tokenizer: Tokenizer, *, key: str) -> None:
