@@ -1,26 +1,34 @@
 """metrics.jsonl through crashes and resumes, and its copy in MLflow: a real sqlite store, dead, slow and real servers."""
 
 import contextlib
+import http.server
 import json
 import math
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import alembic.util.exc
 import numpy as np
 import pytest
+import sqlalchemy.exc
+from mlflow.exceptions import RESOURCE_ALREADY_EXISTS, MlflowException
 
 from wmtp_jax.checkpoint.parameters import FILE, read_parameters
 from wmtp_jax.errors import UserError
+from wmtp_jax.tracking import delivery
 from wmtp_jax.tracking.__main__ import main as tracking_command
 from wmtp_jax.tracking.journal import only_one
-from wmtp_jax.tracking.mlflow_store import mlflow_client
+from wmtp_jax.tracking.mlflow_store import DeliveryFailed, delivery_errors, mlflow_client
 from wmtp_jax.tracking.model_registry import model_files, model_tags
 from wmtp_jax.tracking.tracker import MetricsFile, Tracker, check_tracking_uri, read_metrics
 
@@ -362,6 +370,149 @@ def test_replay_refuses_what_it_cannot_do(runs, tmp_path, capsys):
     assert "plain files" in error(tmp_path, "--uri", "file:///x")
     with only_one(tmp_path, wait=True):
         assert "its training is running" in error(tmp_path)
+
+
+# ---- runs that start together ------------------------------------------------------------------------------------------
+
+# Processes that open a new store at the same moment. They are forked: importing MLflow takes each of them five seconds.
+TOGETHER = """
+import multiprocessing, os, signal, sys
+import mlflow.store.db.utils
+import mlflow.store.tracking.sqlalchemy_store
+from mlflow.tracking import MlflowClient
+from wmtp_jax.tracking.mlflow_store import mlflow_client
+
+uri, count = sys.argv[1], int(sys.argv[2])
+context = multiprocessing.get_context("fork")
+
+def die():
+    mlflow.store.db.utils._upgrade_db = lambda engine: os.kill(os.getpid(), signal.SIGKILL)  # its tables are half made
+    mlflow_client(uri)
+
+def deliver(barrier):
+    barrier.wait()
+    mlflow_client(uri).create_run("0")
+
+killed = context.Process(target=die)
+killed.start()
+killed.join()
+assert killed.exitcode == -signal.SIGKILL
+barrier = context.Barrier(count)
+processes = [context.Process(target=deliver, args=(barrier,)) for _ in range(count)]
+for process in processes:
+    process.start()
+for process in processes:
+    process.join()
+sys.exit(any(process.exitcode for process in processes))
+"""
+
+
+def test_runs_that_start_together_share_a_new_store(tmp_path):
+    """After one that was killed while it made the store."""
+    command = [sys.executable, "-c", TOGETHER, f"sqlite:///{tmp_path / 'mlflow.db'}", "6"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        assert store.execute("SELECT count(*) FROM runs").fetchone() == (6,)
+
+
+def test_nothing_that_mlflow_raises_ends_the_delivering_process(tmp_path):
+    run = tmp_path / "it's a run"
+    write_steps(run / "metrics.jsonl", [1, 2, 3])
+    start = {"key": "k", "time": 1.0, "experiment": "e", "parent_run_id": "", "tags": {}, "parameters": {}, "run_name": "r"}
+    lines = [{"start": start}, {"finish": {"status": "FINISHED", "time": 2.0}}]
+    (run / "tracking.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    program = """
+import os, pathlib, sys
+from wmtp_jax.tracking import delivery
+def fail(uri):
+    raise KeyError("answer")
+delivery.mlflow_client, delivery.ANNOUNCE_AFTER = fail, 1
+sys.exit(delivery.follow(pathlib.Path(sys.argv[1]), os.getppid()))
+"""
+    environment = os.environ | {"MLFLOW_TRACKING_URI": "sqlite:///nowhere/x.db"}
+    command = [sys.executable, "-c", program, str(run)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == delivery.EXIT_UNDELIVERED, done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("tracking: 3 logged steps are not in MLflow (KeyError: 'answer'); send the rest with: ")
+    assert shlex.split(line.partition("with: ")[2]) == ["python", "-m", "wmtp_jax.tracking", "replay", str(run)]
+
+
+@pytest.mark.parametrize(
+    "error, reason, remedy",
+    [
+        (alembic.util.exc.CommandError("Can't locate revision identified by 'abc'"), "'abc'", "newer MLflow"),
+        (sqlalchemy.exc.OperationalError("", {}, Exception("table runs already exists")), "table runs", "move its file away"),
+        (MlflowException("Experiment 'e' already exists.", RESOURCE_ALREADY_EXISTS), "Experiment 'e' already exists", ""),
+    ],
+)
+def test_what_mlflow_raises_is_a_reason_and_a_remedy(error, reason, remedy):
+    with pytest.raises(DeliveryFailed, match=re.escape(reason)) as failed, delivery_errors():
+        raise error
+    assert remedy in failed.value.remedy and bool(remedy) == bool(failed.value.remedy)
+
+
+# ---- when MLflow refuses -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def answering(status, body):
+    """A server that answers everything so."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "status, body, words",
+    [
+        (401, "sign in", "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        (401, '{"error_code": "UNAUTHENTICATED", "message": "no"}', "set MLFLOW_TRACKING_TOKEN"),
+        (401, '{"detail": "Unauthorized"}', "set MLFLOW_TRACKING_TOKEN"),  # of a proxy
+        (403, "no", "give this user the right to write"),
+        (403, '{"error_code": "PERMISSION_DENIED", "message": "no"}', "give this user the right to write"),
+        (404, "<html>no such page</html>", "no MLflow server at this address"),
+        (500, "a bad day", "try again later"),
+    ],
+)
+def test_a_refusal_says_what_mends_it(tmp_path, capsys, status, body, words):
+    write_steps(tmp_path / "metrics.jsonl", [1])
+    with answering(status, body) as uri:
+        assert replay(tmp_path, "--uri", uri) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and ("try again" in error) == (status == 500)
+
+
+def test_a_run_of_a_deleted_experiment_goes_to_another(runs, client, capsys):
+    run = runs / "of a deleted one"
+    write_steps(run / "metrics.jsonl", [1, 2])
+    assert replay(run, "--experiment", "short-lived") == 0
+    deleted = state(run)["experiment_id"]
+    client.delete_experiment(deleted)
+    capsys.readouterr()
+    assert replay(run, "--experiment", "short-lived") == 2
+    error = capsys.readouterr().err
+    assert "the experiment 'short-lived' was deleted" in error and "--experiment NAME" in error and "try again" not in error
+    assert f"mlflow experiments restore --experiment-id {deleted}\n" in error and f"sqlite:///{runs / 'mlflow.db'}" in error
+    assert replay(run, "--experiment", "its heir") == 0
+    assert client.get_experiment(state(run)["experiment_id"]).name == "its heir"
+    assert points(client, run, "train/loss") == [(1, 1 / 2), (2, 1 / 3)]
 
 
 # ---- when things break -------------------------------------------------------------------------------------------------

@@ -340,7 +340,7 @@ def _status(tracker: Tracker | None):
     finally:
         if tracker is not None:
             # Who sent a signal may follow it with SIGKILL after 30 s; the files keep what is not delivered by then.
-            tracker.finish(status, timeout=10.0 if status == "KILLED" else 60.0)
+            tracker.finish(status, timeout=10.0 if status == "KILLED" else 180.0)
 
 
 def _hand_over(stage: Stage, tracker: Tracker | None) -> None:

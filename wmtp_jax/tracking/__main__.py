@@ -24,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     replayed = commands.add_parser("replay", help="send what MLflow lacks of a finished run; repeating it is harmless")
     replayed.add_argument("run", type=Path, help="a run directory: the one that holds metrics.jsonl")
     replayed.add_argument("--uri", help="the MLflow store or server; default: the one that the training used")
+    help_ = "another MLflow experiment than the training's own; made if it is missing"
+    replayed.add_argument("--experiment", default="", help=help_)
     child = commands.add_parser("follow")
     child.add_argument("run", type=Path)
     child.add_argument("--parent", type=int, required=True)
@@ -31,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = parser.parse_args(arguments)
         if options.command == "follow":
             return follow(options.run, options.parent)
-        replay(options.run, options.uri)
+        replay(options.run, options.uri, options.experiment)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

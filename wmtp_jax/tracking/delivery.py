@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -13,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage import files
 from wmtp_jax.storage.redact import redact
 from wmtp_jax.tracking.journal import JOURNAL_FILE, only_one, read_journal
 from wmtp_jax.tracking.metrics_file import METRICS_FILE, RESERVED, read_metrics, rows_of
 from wmtp_jax.tracking.mlflow_store import (
     METRICS_A_BATCH,
     PARAMETERS_A_BATCH,
+    DeliveryFailed,
     artifact_uri,
     delivery_errors,
     mlflow_client,
     mlflow_name,
-    reason,
     sqlite_path,
 )
 from wmtp_jax.tracking.model_registry import register
@@ -53,8 +55,11 @@ class _Sent:
 class Delivery:
     """The files of a run directory on one side, MLflow on the other. Every call may be repeated after an error."""
 
-    def __init__(self, run: Path, uri: str, *, parent: Delivery | None = None, replay: bool = False):
+    def __init__(
+        self, run: Path, uri: str, *, parent: Delivery | None = None, replay: bool = False, experiment: str = ""
+    ):
         self._run = run
+        self._experiment = experiment  # in the place of the training's own
         self._uri = uri
         self._parent = parent
         self._replay = replay
@@ -104,7 +109,15 @@ class Delivery:
         return self._start.get("system_seconds", 0.0)
 
     def send(self) -> int:
-        """Sends what MLflow lacks of the run, of its metrics, its artifacts and its stages; returns the number of points."""
+        """Sends what MLflow lacks of the run, of its metrics, its artifacts and its stages; returns the number of points.
+
+        Raises:
+            DeliveryFailed: MLflow or its artifact store did not take it.
+        """
+        with delivery_errors():
+            return self._send()
+
+    def _send(self) -> int:
         if not self._run_id:
             self._open_run()
         points = sum(self._send_metrics(name) for name in self._sent)
@@ -117,11 +130,16 @@ class Delivery:
         return points + sum(child.send() for child in self._children.values())
 
     def finish(self, status: str) -> None:
-        """Marks the run as ended at the time of the training's last word, its stages first."""
+        """Marks the run as ended at the time of the training's last word, its stages first.
+
+        Raises:
+            DeliveryFailed: MLflow did not take it.
+        """
         for child in self._children.values():
             child.finish(child.status or status)
         ended = self._ended or self._sent[METRICS_FILE].time or time.time()
-        self._client.set_terminated(self._run_id, status, end_time=round(ended * 1000))
+        with delivery_errors():
+            self._client.set_terminated(self._run_id, status, end_time=round(ended * 1000))
 
     def missing(self) -> int:
         """The lines of metrics.jsonl that were not sent, stages included."""
@@ -138,7 +156,7 @@ class Delivery:
             tags["mlflow.parentRunId"] = self._parent._run_id
         else:
             self._client = self._client or mlflow_client(self._uri)
-            self._experiment_id = self._open_experiment(start["experiment"])
+            self._experiment_id = self._open_experiment(self._experiment or start["experiment"])
             if start["parent_run_id"]:
                 tags["mlflow.parentRunId"] = start["parent_run_id"]
             elif start.get("sweep"):
@@ -167,6 +185,11 @@ class Delivery:
     def _open_experiment(self, name: str) -> str:
         wanted = self._start.get("artifacts", "")
         if experiment := self._client.get_experiment_by_name(name):
+            if experiment.lifecycle_stage == "deleted":
+                store = f"MLFLOW_TRACKING_URI={shlex.quote(redact(self._uri))}"
+                restore = f"{store} mlflow experiments restore --experiment-id {experiment.experiment_id}"
+                another = "give replay another one with --experiment NAME"
+                raise DeliveryFailed(f"the experiment {name!r} was deleted", f"{another}, or restore it: {restore}")
             if wanted and experiment.artifact_location.rstrip("/") not in (wanted.rstrip("/"), artifact_uri(wanted)):
                 kept = f"keeps its artifacts in {redact(experiment.artifact_location)}"
                 say(f"the experiment {name!r} {kept}; another tracking.artifacts needs another tracking.experiment")
@@ -265,9 +288,7 @@ class Delivery:
             "sent_time": self._sent[METRICS_FILE].time,
             "system_sent_time": self._sent[SYSTEM_FILE].time,
         }
-        temporary = self._run / f".{STATE_FILE}.tmp"
-        temporary.write_text(json.dumps(state, indent=1) + "\n")
-        temporary.replace(self._run / STATE_FILE)
+        files.write_whole(self._run / STATE_FILE, (json.dumps(state, indent=1) + "\n").encode())
 
 
 def follow(run: Path, parent: int) -> int:
@@ -299,15 +320,16 @@ def follow(run: Path, parent: int) -> int:
                 delivery.send()
                 if status:
                     delivery.finish(status)
-            except delivery_errors() as error:
+            except DeliveryFailed as error:
                 failures += 1
                 if status and (announced or failures >= ANNOUNCE_AFTER):
-                    say(f"{delivery.missing()} logged steps are not in MLflow ({reason(error)}); {remedy(run)}")
+                    say(f"{delivery.missing()} logged steps are not in MLflow ({error}); {remedy(run, error.remedy)}")
                     return EXIT_UNDELIVERED
                 if failures == ANNOUNCE_AFTER:
                     announced = True
                     kept = f"the training goes on and keeps its metrics in {run / METRICS_FILE}"
-                    say(f"can't send to MLflow at {redact(uri)} ({reason(error)}); {kept}")
+                    advice = f"{error.remedy}; " if error.remedy else ""
+                    say(f"can't send to MLflow at {redact(uri)} ({error}); {advice}{kept}")
                 wait = min(2.0 ** (failures - 1), RETRY_SECONDS)
                 if status:
                     time.sleep(wait)
@@ -320,8 +342,10 @@ def follow(run: Path, parent: int) -> int:
                 failures, announced, next_time = 0, False, time.monotonic() + SEND_SECONDS
 
 
-def remedy(run: Path) -> str:
-    return f"send the rest with: python -m wmtp_jax.tracking replay {run}"
+def remedy(run: Path, first: str = "") -> str:
+    """How to send what MLflow lacks; what to do before that, if anything."""
+    replay = f"send the rest with: python -m wmtp_jax.tracking replay {shlex.quote(str(run))}"
+    return f"{first}; then {replay}" if first else replay
 
 
 def say(text: str) -> None:

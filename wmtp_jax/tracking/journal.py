@@ -4,15 +4,14 @@ training appends to it, and one process at a time feeds MLflow from it.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage import files
 
 JOURNAL_FILE = "tracking.jsonl"
 
@@ -31,13 +30,10 @@ def read_journal(path: Path, begin: int = 0) -> tuple[list[dict[str, Any]], int]
 @contextmanager
 def only_one(run: Path, *, wait: bool) -> Iterator[None]:
     """Holds a run's journal, so that one process at a time feeds MLflow from it."""
-    with (run / JOURNAL_FILE).open("a") as journal:
+    with ExitStack() as held:
         try:
-            fcntl.flock(journal, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Where a file system has no locks, two senders repeat each other's points, which is harmless.
+            held.enter_context(files.locked(run / JOURNAL_FILE, wait=wait))
         except BlockingIOError as error:
             raise UserError(f"{run}: its training is running and feeds MLflow itself; replay it afterwards") from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-            # Some network file systems have no locks; two senders would repeat each other's points, which is harmless.
         yield

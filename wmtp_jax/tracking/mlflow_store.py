@@ -1,18 +1,20 @@
-"""MLflow as this program meets it: which addresses it can keep runs at, its client, its limits, what it raises."""
+"""MLflow as this program meets it: which addresses it can keep runs at, its client, its limits, how it fails."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import sys
+import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage import files
 from wmtp_jax.storage.redact import redact
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -54,8 +56,9 @@ def check_tracking_uri(uri: str) -> None:
 
 def absolute(uri: str) -> str:
     """A sqlite path made absolute, so that a replay finds it from any directory; everything else as it is."""
-    path = sqlite_path(uri)
-    return f"sqlite:///{path.absolute()}" if path else uri
+    if path := sqlite_path(uri):
+        return uri.replace(str(path), str(path.expanduser().absolute()), 1)
+    return uri
 
 
 def artifact_uri(where: str) -> str:
@@ -64,14 +67,29 @@ def artifact_uri(where: str) -> str:
 
 
 def locate(uri: str, run: Path) -> str:
-    return absolute(uri) or f"sqlite:///{run.absolute().parent / 'mlflow.db'}"
+    """The address of a run's store: `uri`, or a sqlite file beside the run directory where it is empty.
+
+    Raises:
+        UserError: a path that no sqlite address can hold.
+    """
+    beside = run.absolute().parent / "mlflow.db"
+    if not uri and "?" in str(beside):
+        raise UserError(f"{beside}: an address can't hold a question mark; name another store in tracking.uri")
+    return absolute(uri) or f"sqlite:///{beside}"
 
 
 def sqlite_path(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    """The file of a sqlite store; None for others."""
+    found = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    return Path(found[1]) if found else None
 
 
 def mlflow_client(uri: str) -> Any:
+    """An `MlflowClient` of a store, which is made if it is a sqlite file that is not there.
+
+    Runs that start together open a sqlite store one after the other: MLflow makes its tables in dozens of steps, which fail
+    beside those of another process, and a store that has only some of them is refused ever after.
+    """
     # The defaults wait two minutes an answer and four minutes over retries; here the caller retries, from the files.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -82,28 +100,121 @@ def mlflow_client(uri: str) -> Any:
     for name in ("mlflow", "alembic"):  # "Creating tables", "Running upgrade": a person can do nothing about these
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries; the failure itself is an exception
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    path = sqlite_path(uri)
+    if path is None:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    import mlflow.store.tracking.sqlalchemy_store  # seconds, for which the others need not wait  # noqa: F401
+
+    with files.locked(path.with_name(f".{path.name}.lock"), wait=True):
+        if not path.exists() or path.stat().st_size == 0:
+            _make_sqlite_store(path)
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def delivery_errors() -> tuple[type[Exception], ...]:
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
+def _make_sqlite_store(path: Path) -> None:
+    """Makes the file under another name and renames it: a process that is killed meanwhile leaves no half-made store."""
+    from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    errors: tuple[type[Exception], ...] = (MlflowException, SQLAlchemyError, OSError)
-    if "botocore.exceptions" in sys.modules:  # artifacts that go to S3 from here; boto3 is loaded only then
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        store = SqlAlchemyStore(f"sqlite:///{partial}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH)
+        store.engine.dispose()
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
-        errors += (Boto3Error, BotoCoreError, ClientError)
-    return errors
+
+class DeliveryFailed(Exception):
+    """What MLflow did not take, in a few words.
+
+    Attributes:
+        remedy: what to do about it, a clause without a full stop; "" where trying again may help.
+    """
+
+    def __init__(self, reason: str, remedy: str = ""):
+        super().__init__(reason)
+        self.remedy = remedy
 
 
-def reason(error: BaseException) -> str:
+@contextmanager
+def delivery_errors() -> Iterator[None]:
+    """Turns whatever MLflow raises into a `DeliveryFailed`.
+
+    Raises:
+        UserError: a file of the run can't be read, as it was raised.
+    """
+    try:
+        yield
+    except (UserError, DeliveryFailed):
+        raise
+    except Exception as error:  # alembic, SQLAlchemy, requests, boto3 and plugins raise through it, with no common base
+        raise DeliveryFailed(_reason(error), _remedy(error)) from error
+
+
+def _reason(error: BaseException) -> str:
     """The first cause of a chain of errors in a few words: "Connection refused", not urllib3's account of it."""
+    from mlflow.exceptions import MlflowException
+
+    first = _chain(error)[-1]
+    text = (first.strerror if isinstance(first, OSError) else None) or str(first)
+    if not text or isinstance(first, (LookupError, TypeError, AttributeError, ValueError)):
+        text = f"{type(first).__name__}: {text}"  # the text alone would be a word, or what was expected of nobody knows what
+    elif isinstance(first, MlflowException):
+        text = text.removeprefix(f"{first.error_code}: ")
+    return redact(text.strip().splitlines()[0])[:200]
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what caused it, the first cause last."""
+    chain = [error]
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = cause
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return redact(text.strip().splitlines()[0])[:200]
+        chain.append(error)
+    return chain
+
+
+def _remedy(error: BaseException) -> str:
+    """What to do about a refusal that no repetition mends; "" for all else."""
+    text = " ".join(map(str, _chain(error)))
+    match _status(error):
+        case 401:
+            return _SIGN_IN
+        case 403:
+            return "give this user the right to write to the experiment, or sign in as another: " + _SIGN_IN
+        case 404 if _code(error) != "RESOURCE_DOES_NOT_EXIST":
+            return "there is no MLflow server at this address: check tracking.uri, or give the right address to replay with --uri"
+    if "Can't locate revision" in text:
+        return "a newer MLflow made this store: install that version, or name another store"
+    if re.search(r"table \S+ already exists|disk image is malformed|file is not a database", text):
+        return "the store is damaged: move its file away, so that a new one is made"
+    return ""
+
+
+_REFUSED = r"error code (40[134])\b|\b(unauthori[sz]ed|unauthenticated)\b"
+_SIGN_IN = "set MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+
+
+def _code(error: BaseException) -> str:
+    """MLflow's own code of an error, such as RESOURCE_DOES_NOT_EXIST; "" where it has none."""
+    return getattr(error, "error_code", "")
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status of a refusal; 0 where it has none."""
+    from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS
+
+    for cause in _chain(error):
+        # Of requests, for artifacts that go through the server.
+        response = getattr(cause, "response", None)
+        if response is not None:
+            return getattr(response, "status_code", 0)
+        # Servers and proxies answer with bodies of their own, whose status MLflow does not keep.
+        if found := re.search(_REFUSED, str(cause), re.IGNORECASE):
+            return int(found[1] or 401)
+        if _code(cause) in ERROR_CODE_TO_HTTP_STATUS:
+            return ERROR_CODE_TO_HTTP_STATUS[_code(cause)]
+    return 0
 
 
 def as_texts(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -29,12 +29,11 @@ from wmtp_jax.tracking.delivery import EXIT_UNDELIVERED, Delivery, remedy, say
 from wmtp_jax.tracking.journal import JOURNAL_FILE, only_one, read_journal
 from wmtp_jax.tracking.metrics_file import METRICS_FILE, MetricsFile, append, read_metrics
 from wmtp_jax.tracking.mlflow_store import (
+    DeliveryFailed,
     absolute,
     as_texts,
     check_tracking_uri,
-    delivery_errors,
     locate,
-    reason,
     sqlite_path,
 )
 
@@ -155,7 +154,7 @@ class Tracker:
         self._tell(child=run_name)
         return tracker
 
-    def finish(self, status: str = "FINISHED", timeout: float = 60.0) -> bool:
+    def finish(self, status: str = "FINISHED", timeout: float = 180.0) -> bool:
         """Waits until all is in MLflow, at most `timeout` seconds; says in one line on stderr if something is not.
 
         A stage's tracker doesn't wait: that is for its parent's `finish`.
@@ -234,16 +233,16 @@ def log_artifacts(run: str | Path, paths: Mapping[str | Path, str]) -> str:
     return delivery.run_id
 
 
-def replay(run: Path, uri: str | None) -> None:
-    """Sends what MLflow lacks of a run that is over."""
+def replay(run: Path, uri: str | None, experiment: str = "") -> None:
+    """Sends what MLflow lacks of a run that is over, to its own experiment or to another one."""
     if not (run / METRICS_FILE).exists() and not (run / JOURNAL_FILE).exists():
         raise UserError(f"{run}: not a run directory: it has no {METRICS_FILE}")
     with only_one(run, wait=False):
-        points = _deliver(_open_delivery(run, uri))
+        points = _deliver(_open_delivery(run, uri, experiment))
     print(f"{points} points were missing in MLflow and are there now")
 
 
-def _open_delivery(run: Path, uri: str | None) -> Delivery:
+def _open_delivery(run: Path, uri: str | None, experiment: str = "") -> Delivery:
     starts = [entry["start"] for entry in read_journal(run / JOURNAL_FILE)[0] if "start" in entry]
     if not starts:
         starts = [_untracked_start(run)]
@@ -251,7 +250,7 @@ def _open_delivery(run: Path, uri: str | None) -> Delivery:
     if HIDDEN in target:
         raise UserError(f"{target}: the password is not kept on disk; pass the whole address with --uri")
     check_tracking_uri(target)
-    return Delivery(run, locate(target, run), replay=True)
+    return Delivery(run, locate(target, run), replay=True, experiment=experiment)
 
 
 def _deliver(delivery: Delivery) -> int:
@@ -260,8 +259,9 @@ def _deliver(delivery: Delivery) -> int:
     try:
         points = delivery.send()
         delivery.finish(delivery.status or "KILLED")
-    except delivery_errors() as error:
-        raise UserError(f"can't send to MLflow at {redact(delivery.uri)} ({reason(error)}); try again later") from error
+    except DeliveryFailed as error:
+        advice = error.remedy or "try again later"
+        raise UserError(f"can't send to MLflow at {redact(delivery.uri)} ({error}); {advice}") from error
     return points
 
 
