@@ -151,6 +151,7 @@ def test_a_gguf_tokenizer_that_is_not_reproduced_is_refused(tmp_path):
         ({"eos_token_id": 7}, "eos_token_id = 7"),
         ({"token_type": [1, 1]}, "token_type"),
         ({"model": "llama"}, "tokenizer.ggml.scores"),
+        ({}, "loses text"),
     ]
     for number, (change, words) in enumerate(cases):
         path = write_gguf_tokenizer(tmp_path / f"{number}.gguf", **good | change)

@@ -109,18 +109,39 @@ def test_sentencepiece_spelling_counts_bytes_and_the_space_before_a_text(tmp_pat
         assert tokenizer.pieces[ids[0]].startswith(b" ")
 
 
-def test_unigram_with_metaspace(tmp_path):
+def unigram(directory, *, fallback):
     backend = tokenizers.Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.train_from_iterator(
-        ["some plain words"] * 3,
-        trainers.UnigramTrainer(
-            vocab_size=60, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
-        ),
-    )
-    tokenizer = load_tokenizer(published(tmp_path / "t5", backend.to_str(), config={"eos_token_id": [1]}))
+    names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256) if fallback)]
+    trainer = trainers.UnigramTrainer(vocab_size=320, special_tokens=names, unk_token="<unk>", show_progress=False)
+    backend.train_from_iterator(["some plain words"] * 3, trainer)
+    spec = json.loads(backend.to_str())
+    spec["added_tokens"], spec["model"]["byte_fallback"] = spec["added_tokens"][:2], fallback
+    return published(directory, spec, config={"eos_token_id": [1]})
+
+
+def test_unigram_with_metaspace(tmp_path):
+    tokenizer = load_tokenizer(unigram(tmp_path / "t5", fallback=True))
     assert tokenizer.end_of_text_id == 1
-    assert tokenizer.token_bytes[tokenizer.encode("plain words some")].sum() == len(" plain words some")
+    for text in ("plain words some", "plain café 日本語 🎉"):
+        assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(f" {text}".encode())
+
+
+def test_a_vocabulary_that_loses_text_is_refused(tmp_path, bpe):
+    bpe.save(tmp_path / "ours")
+    lossy = json.loads((tmp_path / "ours" / "tokenizer.json").read_text())
+    kept = {token: index for token, index in lossy["model"]["vocab"].items() if token != "Ã"}  # byte 0xC3, of é
+    lossy["model"]["vocab"], lossy["model"]["merges"] = kept, []
+    llama = json.loads((llama_like(tmp_path / "llama") / "tokenizer.json").read_text())
+    llama["model"]["byte_fallback"] = False
+    eos = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    for directory, reason in [
+        (unigram(tmp_path / "t5", fallback=False), "no byte fallback"),
+        (published(tmp_path / "bytes", lossy, tokenizer_config=eos | {"eos_token": END_OF_TEXT}), "for the byte 0xC3"),
+        (published(tmp_path / "sentences", llama, tokenizer_config=eos), "no byte fallback"),
+    ]:
+        with pytest.raises(UserError, match=f"{directory}: the tokenizer loses text .*{reason}"):
+            load_tokenizer(directory)
 
 
 def test_a_stored_length_limit_does_not_cut_documents(bpe, tmp_path):
@@ -160,7 +181,7 @@ def test_what_is_no_tokenizer(bpe, tmp_path, monkeypatch):
     damaged = published(tmp_path / "damaged", spec)
     (damaged / "tokenizer_config.json").write_bytes(b'{"eos_token": "\xff"}')
     cases = {
-        "tokenizer.json can't be read": published(tmp_path / "cut", spec[: len(spec) // 2]),
+        "tokenizer.json is not JSON": published(tmp_path / "cut", spec[: len(spec) // 2]),
         "no end-of-text token; add": published(tmp_path / "endless", spec),
         "eos_token '</s>', which": published(tmp_path / "odd", spec, tokenizer_config={"eos_token": "</s>"}),
         "eos_token_id 999, which": published(tmp_path / "high", spec, config={"eos_token_id": 999}),

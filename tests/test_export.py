@@ -320,10 +320,12 @@ def test_medusa_heads(run, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_mimo(family, run, tmp_path):
+def test_mimo(family, run, tmp_path, monkeypatch):
     directory, named = run(dataclasses.replace(FAMILIES[family], num_heads=2))
-    said = []
+    said, asked = [], []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "n")
     export(directory, to="mimo", output=tmp_path / "out", say=said.append)
+    assert not asked, "the code that the export ships is its own"
     assert "SGLang" in said[-2] and "vLLM" in said[-2]
     stored = load_file(tmp_path / "out" / "model.safetensors")
     kernel = named["heads.project.kernel"][0]

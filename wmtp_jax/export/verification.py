@@ -147,7 +147,8 @@ def _check_tokenizer(directory: Path, to: str, tokenizer: Tokenizer) -> None:
         if to == "meta":
             theirs = load_tokenizer(directory).encode(_TEXT).tolist()
         else:
-            loaded = transformers.AutoTokenizer.from_pretrained(directory)
+            # The code that an export names is what came with it here.
+            loaded = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
             theirs = loaded.encode(_TEXT, add_special_tokens=False)
     except Exception as error:  # the tokenizers library raises nothing narrower, whatever is wrong with a file
         raise UserError(f"--to={to}: the tokenizer that was written can't be read ({_brief(error)}); nothing is kept") from error

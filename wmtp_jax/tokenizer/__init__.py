@@ -2,3 +2,7 @@
 
 May import pretrained (its GGUF reader), storage and errors; no jax.
 """
+
+from wmtp_jax.tokenizer.tokenizer import load_tokenizer
+
+__all__ = ["load_tokenizer"]

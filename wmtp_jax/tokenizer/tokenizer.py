@@ -7,10 +7,9 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -19,6 +18,7 @@ from wmtp_jax.errors import UserError
 from wmtp_jax.storage import hub, s3
 from wmtp_jax.tokenizer import sentencepiece
 from wmtp_jax.tokenizer.gguf import tokenizer_files
+from wmtp_jax.tokenizer.settings import folded, json_object, special_token, to_json
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_BPE_VOCABULARY = 257  # every byte and the end of text
@@ -81,6 +81,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._spec = json.loads(files["tokenizer.json"])
         self._spelling = _spelling(self._spec, where)
+        _check_bytes(self._spec, self._spelling, self._backend, where)
         self.vocabulary_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text_id = _end_of_text_id(files, self._backend, where)
         self._files = _without_model_files(files, self._backend.id_to_token(self.end_of_text_id), where)
@@ -149,7 +150,7 @@ class Tokenizer:
     def special_token_id(self, name: str) -> int | None:
         """The id of what `tokenizer_config.json` names as `bos_token`, `pad_token` and so on; None where it names none."""
         where = "tokenizer_config.json"
-        token = _special_token(_object(self._files, where, "the tokenizer"), name, where)
+        token = special_token(json_object(self._files, where, "the tokenizer"), name, where)
         return None if token is None else self._backend.token_to_id(token)
 
     @functools.cached_property
@@ -221,14 +222,12 @@ def load_tokenizer(name: str | os.PathLike) -> Tokenizer:
     """
     name = str(s3.local(name)) if s3.is_remote(name) else os.path.expanduser(name)
     if os.path.isfile(name):
-        return Tokenizer(tokenizer_files(Path(name)), name)
+        return Tokenizer(folded(tokenizer_files(Path(name)), name), name)
     directory = Path(name) if os.path.isdir(name) else _download(name)
     files = _read_files(directory)
     if "tokenizer.json" not in files and (model := sentencepiece.find_model(directory)):
         files = files | sentencepiece.tokenizer_files(model)
-    elif "tokenizer.json" not in files:
-        files = files | _convert(directory, name)
-    return Tokenizer(files, name)
+    return Tokenizer(folded(files, name), name)
 
 
 def train_bpe(texts: Iterable[str], *, vocabulary_size: int) -> Tokenizer:
@@ -269,53 +268,16 @@ def _download(name: str) -> Path:
     return hub.snapshot(name, _FILE_PATTERNS, told=f"config.data.tokenizer = {name!r}")
 
 
-def _convert(directory: Path, name: str) -> dict[str, bytes]:
-    """The files of a tokenizer that only `transformers` reads (`vocab.json` and `merges.txt`, `tokenizer.model`)."""
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"config.data.tokenizer = {name!r}: transformers finds no tokenizer there: {reason}") from error
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_pretrained(scratch)  # pyrefly: ignore[missing-attribute]  # there is one
-        return _read_files(Path(scratch))
-
-
-def _object(files: dict[str, bytes], name: str, where: str) -> dict[str, Any]:
-    """The JSON object in a file; {} where there is no such file."""
-    if name not in files:
-        return {}
-    try:
-        found = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {name} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{where}: {name} must hold a JSON object")
-    return found
-
-
-def _special_token(given: dict[str, Any], name: str, where: str) -> str | None:
-    """What a tokenizer_config.json or a special_tokens_map.json names as `eos_token` and the like."""
-    token = given.get(name)
-    if isinstance(token, dict):
-        token = token.get("content")
-    if token is not None and not isinstance(token, str):
-        raise UserError(f"{where}: {name} = {token!r}: must be a text")
-    return token
-
-
 def _end_of_text_id(files: dict[str, bytes], backend: tokenizers.Tokenizer, where: str) -> int:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        token = _special_token(_object(files, name, where), "eos_token", f"{where}: {name}")
+        token = special_token(json_object(files, name, where), "eos_token", f"{where}: {name}")
         if token is not None:
             index = backend.token_to_id(token)
             if index is None:
                 raise UserError(f"{where}: {name} names eos_token {token!r}, which tokenizer.json does not have")
             return index
     for name in ("generation_config.json", "config.json"):
-        index = _object(files, name, where).get("eos_token_id")
+        index = json_object(files, name, where).get("eos_token_id")
         if isinstance(index, list) and index:
             index = index[0]
         if index is not None:
@@ -327,12 +289,12 @@ def _end_of_text_id(files: dict[str, bytes], backend: tokenizers.Tokenizer, wher
 
 def _without_model_files(files: dict[str, bytes], end_of_text: str, where: str) -> dict[str, bytes]:
     """The tokenizer's own files, complete without the model's configuration, which is not ours to save."""
-    config = _object(files, "tokenizer_config.json", where)
+    config = json_object(files, "tokenizer_config.json", where)
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     if config.setdefault("eos_token", end_of_text) is None:
         config["eos_token"] = end_of_text
     own = {name: content for name, content in files.items() if name not in _MODEL_FILES}
-    return own | {"tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode()}
+    return own | {"tokenizer_config.json": to_json(config)}
 
 
 def _parts_of(component: dict | None) -> Iterator[dict]:
@@ -357,6 +319,20 @@ def _spelling(spec: dict, where: str) -> str:
         f"{where}: neither a byte-level nor a SentencePiece tokenizer, so that bytes a token can't be counted "
         f"({spec['model']['type']} with {', '.join(sorted(kinds)) or 'no pre-tokenizer'})"
     )
+
+
+def _check_bytes(spec: dict, style: str, backend: tokenizers.Tokenizer, where: str) -> None:
+    """Refuses a vocabulary that lacks a byte of UTF-8: a text would lose what is spelled with it, or have it as unknown."""
+    characters = {byte: character for character, byte in _byte_of_character().items()}
+    falls_back = style == "bytes" or spec["model"].get("byte_fallback")
+    for byte in (*range(0xC0), *range(0xC2, 0xF5)):
+        token = characters[byte] if style == "bytes" else f"<0x{byte:02X}>"
+        if not falls_back or backend.token_to_id(token) is None:
+            reason = f"it has no token for the byte 0x{byte:02X}" if falls_back else "it has no byte fallback"
+            raise UserError(
+                f"{where}: the tokenizer loses text that its vocabulary does not spell ({reason}), so that neither a text nor "
+                "its bits per byte would be right; name another tokenizer"
+            )
 
 
 @functools.cache
