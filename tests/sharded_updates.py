@@ -23,6 +23,7 @@ from wmtp_jax.optimizer import make_optimizer  # noqa: E402
 from wmtp_jax.parallel import sharding  # noqa: E402
 from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting  # noqa: E402
 from wmtp_jax.train_step import initial_state, loss_and_gradients, train_step, value_step  # noqa: E402
+from wmtp_jax.update import Objective  # noqa: E402
 
 ROWS, LENGTH, HEADS, VOCABULARY, WIDTH = 8, 16, 3, 96, 32
 # Head kind, algorithm, then (data, fsdp, tensor, sequence) and accumulation of each update that is compared.
@@ -83,9 +84,10 @@ def compare_gradients(kind: str, algorithm: str, updates: list) -> list[dict]:
     def gradients(sizes, accumulation):
         context, state, batch = on_mesh(sizes)
         name, _, score = algorithm.partition(" by ")
-        options = {"settings": Weighting(name, score=score or "excess_loss"), "critic": critic, "accumulation": accumulation}
+        weighting = Weighting(name, score=score or "excess_loss")
+        objective = Objective(weighting, critic=critic, accumulation=accumulation)
         with context:
-            function = jax.jit(functools.partial(loss_and_gradients, definition=definition, **options))
+            function = jax.jit(functools.partial(loss_and_gradients, definition=definition, objective=objective))
             return function(state(parameters), batch(columns))
 
     alone = gradients(None, 1)
@@ -193,7 +195,8 @@ def collectives_of_the_update(kind: str) -> list[tuple[str, str, str]]:
     )  # fmt: skip
     definition, parameters = initial_parameters(settings, 0)
     context, state, batch = on_mesh((4, 1, 2, 1))
-    function = functools.partial(loss_and_gradients, definition=definition, settings=Weighting(algorithm="rho1-tokenskip"))
+    objective = Objective(Weighting(algorithm="rho1-tokenskip"))
+    function = functools.partial(loss_and_gradients, definition=definition, objective=objective)
     with context:
         return collectives(jax.jit(function).lower(state(parameters), batch(make_batch())).compile().as_text())
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.test_train_step import SETTINGS, B, S, make_batch
 from wmtp_jax import critic as critics
-from wmtp_jax import weighting
+from wmtp_jax.critic import value_sums
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.metrics import value_metrics
 from wmtp_jax.model import initial_parameters, merge
@@ -28,8 +28,8 @@ from wmtp_jax.train_step import (
     train_step,
     value_loss,
     value_step,
-    value_sums,
 )
+from wmtp_jax.update import Objective
 
 OPTIMIZER = OptimizerSettings(
     name="adamw", learning_rate=1e-2, muon_learning_rate=0.02, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0,
@@ -87,7 +87,7 @@ def test_returns_and_loss_by_literal_loops(discount, decay):
     values = np.random.default_rng(1).normal(size=(B, S)).astype(np.float32)
     ids, rewards, rewarded = (np.asarray(batch[name]) for name in ("segment_ids", "rewards", "rewarded"))
     expected = loop_returns(values.astype(np.float64), rewards, ids, discount, decay)
-    got = critics.lambda_returns(jnp, weighting, jnp.asarray(values), rewards, ids, discount=discount, decay=decay)
+    got = critics.lambda_returns(jnp.asarray(values), rewards, ids, discount=discount, decay=decay)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     loss = value_loss(jnp.asarray(values), rewards, rewarded, ids, critic=critic, denominator=jnp.float32(rewarded.sum()))
     assert float(loss) == pytest.approx(((values - expected) ** 2)[rewarded].mean(), rel=1e-5)
@@ -144,13 +144,10 @@ def test_equal_held_out_rewards_are_refused():
 
 
 def gradients(parameters, batch, **options):
-    critic = options.pop("critic", Critic())
-    settings = options.pop("settings", CRITIC)
-    return jax.jit(
-        functools.partial(
-            loss_and_gradients, definition=critic_model()[0], settings=settings, critic=critic, **options
-        )
-    )(parameters, batch)
+    objective = Objective(**{"weighting": CRITIC, "critic": Critic(), **options})
+    return jax.jit(functools.partial(loss_and_gradients, definition=critic_model()[0], objective=objective))(
+        parameters, batch
+    )
 
 
 @pytest.mark.parametrize("score", ["value_change", "advantage"])
@@ -190,7 +187,7 @@ def test_unsigned_scores_weigh_by_magnitude():
     _, parameters = critic_model()
     batch = critic_batch()
     signed, magnitude = (
-        gradients(parameters, batch, settings=Weighting(algorithm="critic-wmtp", form="top_fraction", fraction=0.2, signed=sign))
+        gradients(parameters, batch, weighting=Weighting(algorithm="critic-wmtp", form="top_fraction", fraction=0.2, signed=sign))
         for sign in (True, False)
     )
     assert not np.array_equal(signed.weights > 0, magnitude.weights > 0)
@@ -229,7 +226,9 @@ def test_with_equal_weights_the_critic_is_the_baseline():
             parameters = {key: leaf for key, leaf in parameters.items() if key != "value_head"}
         optimizer = make_optimizer(OPTIMIZER, 20)
         step = jax.jit(
-            functools.partial(train_step, definition=definition, optimizer=optimizer, settings=settings, critic=critic)
+            functools.partial(
+                train_step, definition=definition, optimizer=optimizer, objective=Objective(settings, critic=critic)
+            )
         )
         state, curves[name] = initial_state(parameters, optimizer), []
         for seed in range(20):
@@ -288,7 +287,8 @@ def test_a_non_finite_reward_leaves_the_head_as_it_was():
 def test_inspected_tokens_hold_values():
     definition, parameters = critic_model()
     batch = critic_batch()
-    entries = inspect_tokens(parameters, batch, None, 0, definition=definition, settings=CRITIC, critic=Critic())
+    objective = Objective(CRITIC, critic=Critic())
+    entries = inspect_tokens(parameters, batch, None, 0, definition=definition, objective=objective)
     np.testing.assert_allclose(entries["value"], values_of(parameters, batch), atol=1e-5)
     mask = np.asarray(batch["mask"])
     np.testing.assert_allclose(

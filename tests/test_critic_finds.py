@@ -23,6 +23,7 @@ from wmtp_jax.train_step import (
     train_step,
     value_step,
 )
+from wmtp_jax.update import Objective
 
 pytestmark = pytest.mark.slow
 
@@ -67,9 +68,8 @@ def trained():
     """A small language model of such rows, and a value head learned on it with the model frozen."""
     definition, parameters = initial_parameters(SETTINGS, 0)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
-    update = jax.jit(
-        functools.partial(train_step, definition=definition, optimizer=optimizer, settings=Weighting()), donate_argnums=0
-    )
+    options = {"definition": definition, "optimizer": optimizer, "objective": Objective(Weighting())}
+    update = jax.jit(functools.partial(train_step, **options), donate_argnums=0)
     state = initial_state(parameters, optimizer)
     for seed in range(STEPS):
         state, _ = update(state, make_batch(seed)[0], None)

@@ -33,7 +33,8 @@ from wmtp_jax.settings import REFERENCE_COLUMNS, Weighting
 from wmtp_jax.stored import reference_losses, rewards
 from wmtp_jax.stored.rewards import segments
 from wmtp_jax.tokenizer.tokenizer import train_bpe
-from wmtp_jax.train_step import initial_state, train_step
+from wmtp_jax.train_step import Reference, initial_state, train_step
+from wmtp_jax.update import Objective
 
 ROOT = Path(__file__).parent.parent
 
@@ -192,8 +193,8 @@ def test_the_compiled_step_has_no_forward_pass_of_the_reference():
     shape = dict(vocabulary_size=256, width=64, layers=3, attention_heads=2, kv_heads=2, head_dim=32, mlp_width=128)
     settings = ModelSettings(**shape, max_positions=64, num_heads=2, head_kind="linear")
     definition, parameters = abstract_parameters(settings)
-    reference_definition, reference_parameters = abstract_parameters(ModelSettings(**shape, max_positions=64, num_heads=1,
-                                                                                   head_kind="linear"))  # fmt: skip
+    own = ModelSettings(**shape, max_positions=64, num_heads=1, head_kind="linear")
+    reference = Reference(*abstract_parameters(own))
     optimizer = make_optimizer(unpacking.optimizer_settings(defaults()), 10)
     state = jax.eval_shape(lambda p: initial_state(p, optimizer), parameters)
     rows = {name: jax.ShapeDtypeStruct((2, 64), np.int32) for name in ("tokens", "segment_ids", "positions")}
@@ -201,13 +202,13 @@ def test_the_compiled_step_has_no_forward_pass_of_the_reference():
     stored = rows | {"reference_loss": jax.ShapeDtypeStruct((2, 64), np.float32)}
 
     def flops(algorithm, batch, reference):
-        options = {"definition": definition, "optimizer": optimizer, "settings": Weighting(algorithm=algorithm)}
-        step = functools.partial(train_step, reference_definition=reference_definition, **options)
+        objective = Objective(Weighting(algorithm=algorithm))
+        step = functools.partial(train_step, definition=definition, optimizer=optimizer, objective=objective)
         return jax.jit(step).lower(state, batch, reference).compile().cost_analysis()["flops"]
 
     baseline = flops("baseline-mtp", rows, None)
     with_stored = flops("rho1-tokenskip", stored, None)
-    in_step = flops("rho1-tokenskip", rows, reference_parameters)
+    in_step = flops("rho1-tokenskip", rows, reference)
     assert with_stored < 1.02 * baseline and in_step > 1.15 * baseline
 
 

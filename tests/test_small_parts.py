@@ -25,6 +25,7 @@ from wmtp_jax.run.stopping import Stopping
 from wmtp_jax.settings import OptimizerSettings, Weighting
 from wmtp_jax.train_step import loss_and_gradients
 from wmtp_jax.trainable import Trainable
+from wmtp_jax.update import Objective
 
 SETTINGS = ModelSettings(
     vocabulary_size=64, width=64, layers=1, attention_heads=2, kv_heads=2, head_dim=32, mlp_width=128, max_positions=32,
@@ -106,7 +107,8 @@ def test_flops_by_formula_agree_with_xla():
     batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     batch["targets"] = jax.ShapeDtypeStruct((rows, length, 1), jnp.int32)
     batch["mask"] = jax.ShapeDtypeStruct((rows, length, 1), jnp.bool_)
-    step = jax.jit(lambda p, b: loss_and_gradients(p, b, definition=definition, settings=Weighting()).gradients)
+    objective = Objective(Weighting())
+    step = jax.jit(lambda p, b: loss_and_gradients(p, b, definition=definition, objective=objective).gradients)
     counted = step.lower(parameters, batch).compile().cost_analysis()["flops"] / (rows * length)
     recomputed = 2 * SETTINGS.width * SETTINGS.vocabulary_size  # the loss makes its logits a second time
     expected = flops_per_token(SETTINGS, length) + recomputed
@@ -145,7 +147,7 @@ def test_flops_of_a_trunk_that_is_not_trained_agree_with_xla(parts):
     batch = {name: jax.ShapeDtypeStruct((2, 32), jnp.int32) for name in ("tokens", "segment_ids", "positions")}
     batch["targets"] = jax.ShapeDtypeStruct((2, 32, 2), jnp.int32)
     batch["mask"] = jax.ShapeDtypeStruct((2, 32, 2), jnp.bool_)
-    options = {"definition": definition, "settings": Weighting(), "trainable": Trainable(parts)}
+    options = {"definition": definition, "objective": Objective(Weighting(), trainable=Trainable(parts))}
     step = jax.jit(lambda p, b: loss_and_gradients(p, b, **options))
     counted = step.lower(parameters, batch).compile().cost_analysis()["flops"] / 64
     expected = flops_per_token(settings, 32, trained=parts)

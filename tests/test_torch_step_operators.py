@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -12,16 +13,17 @@ from mps_operators import MpsOperators
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wmtp_jax.settings import Critic, Weighting
+from wmtp_jax.update import Objective
 from wmtp_torch.optimizer import Optimizer
 from wmtp_torch.train_step import initial_state, inspect_tokens, train_step, value_step
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 from test_training import (
     ALGORITHMS,
-    CRITICS,
     OPTIMIZER,
     STEPS,
     make_batch,
+    objective_of,
     reference_heads,
     start,
     torch_batch,
@@ -34,21 +36,21 @@ from test_training import (
 def test_every_algorithm(name, accumulation, monkeypatch):
     noise = torch.rand(make_batch(0)["mask"].shape)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: noise)  # drawn on the CPU on any device, which is meant
-    settings = ALGORITHMS.get(name, Weighting(algorithm="confidence", permute=True))
-    critic = CRITICS.get(name)
-    model = torch_model(start(0, critic is not None))
+    permuted = Objective(Weighting(algorithm="confidence", permute=True))
+    objective = permuted if name == "permuted" else objective_of(name)
+    model = torch_model(start(0, objective.critic is not None))
     optimizer = Optimizer(OPTIMIZER, STEPS)
     state = initial_state(dict(model.named_parameters()), optimizer)
     reference = None
-    if settings.needs_reference:
-        heads = reference_heads(settings)
+    if objective.weighting.needs_reference:
+        heads = reference_heads(objective)
         reference = torch_model(start(7, num_heads=heads), heads).requires_grad_(False)
-    shared = {"model": model, "settings": settings, "critic": critic, "reference": reference}
-    step = functools.partial(train_step, optimizer=optimizer, accumulation=accumulation, **shared)
+    objective = dataclasses.replace(objective, accumulation=accumulation)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, objective=objective)
     with sdpa_kernel(SDPBackend.MATH), MpsOperators() as mps:
         for seed in range(2):
-            state, _ = step(state, torch_batch(make_batch(seed)))
-        inspect_tokens(batch=torch_batch(make_batch(0)), step=state.step, **shared)
+            state, _ = step(state, torch_batch(make_batch(seed)), reference)
+        inspect_tokens(model, torch_batch(make_batch(0)), reference, state.step, objective=objective)
     assert "mm" in mps.seen and state.step == 2
 
 

@@ -34,6 +34,7 @@ from wmtp_jax.tokenizer.tokenizer import train_bpe
 from wmtp_jax.tracking.tracker import read_metrics
 from wmtp_jax.train_step import initial_state, train_step
 from wmtp_jax.trainable import Trainable
+from wmtp_jax.update import Objective
 
 BACKENDS = {"jax": in_jax, "torch": in_torch}
 ROPE = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -163,7 +164,8 @@ def test_no_gradient_and_no_moment_is_made_of_what_is_frozen():
         state = jax.eval_shape(lambda p, t=trained: initial_state(p, optimizer, t), abstract)
         sizes = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer_state) if leaf.ndim)
         assert sizes == 2 * sum(leaf.size for leaf in trained.trained(flatten(abstract)).values())
-        options = {"definition": definition, "optimizer": optimizer, "settings": Weighting(), "trainable": trained}
+        objective = Objective(Weighting(), trainable=trained)
+        options = {"definition": definition, "optimizer": optimizer, "objective": objective}
         lowered = jax.jit(lambda s, b, o=options: train_step(s, b, None, **o)).lower(state, rows)
         flops[parts] = lowered.cost_analysis()["flops"]
     assert flops["heads"] < 0.5 * flops["all"]

@@ -26,6 +26,7 @@ from wmtp_jax.train_step import (
     reference_entries,
     train_step,
 )
+from wmtp_jax.update import Objective
 
 B, S, H, V = 4, 16, 3, 40
 SETTINGS = ModelSettings(
@@ -80,9 +81,8 @@ def gradients_of(name: str, accumulation: int):
         functools.partial(
             loss_and_gradients,
             definition=definition,
-            settings=ALGORITHMS[name],
             reference=make_reference() if name.startswith(("tokenskip", "weighted")) else None,
-            accumulation=accumulation,
+            objective=Objective(ALGORITHMS[name], accumulation=accumulation),
         )
     )
 
@@ -104,9 +104,9 @@ def test_reference_loss_is_the_loss_of_the_same_target(alignment):
     """Literal loops over the reference's own logits; entries behind the mask mean nothing."""
     reference = make_reference(H if alignment == "same_prefix" else 1)
     batch = make_batch()
-    settings = Weighting(algorithm="rho1-weighted", alignment=alignment)
-    got = np.asarray(reference_entries(reference, batch, settings=settings)["reference_loss"])
-    logits = merge(*reference).logits(batch["tokens"], batch["segment_ids"], batch["positions"])
+    objective = Objective(Weighting(algorithm="rho1-weighted"), alignment)
+    got = np.asarray(reference_entries(reference, batch, objective)["reference_loss"])
+    logits = merge(reference.definition, reference.parameters).logits(batch["tokens"], batch["segment_ids"], batch["positions"])
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     tokens, mask = np.asarray(batch["tokens"]), np.asarray(batch["mask"])
     checked = 0
@@ -175,13 +175,12 @@ def test_with_equal_weights_every_algorithm_is_the_baseline(settings):
                 train_step,
                 definition=definition,
                 optimizer=optimizer,
-                settings=settings,
-                reference_definition=reference.definition if reference else None,
+                objective=Objective(settings),
             )
         )
         state, curve = initial_state(parameters, optimizer), []
         for batch in batches[: 20 if settings.start_step == 0 else settings.start_step]:
-            state, metrics = step(state, batch, reference.parameters if reference else None)
+            state, metrics = step(state, batch, reference)
             curve.append(float(metrics.loss))
         return curve
 
@@ -201,7 +200,7 @@ def _baseline_curve(losses) -> list[float]:
 def test_a_non_finite_update_is_left_out_and_counted():
     definition, parameters = make_model()
     optimizer = optax.adamw(1e-2)
-    step = jax.jit(functools.partial(train_step, definition=definition, optimizer=optimizer, settings=Weighting()))
+    step = jax.jit(functools.partial(train_step, definition=definition, optimizer=optimizer, objective=Objective(Weighting())))
     broken = {**parameters, "embedding": parameters["embedding"].at[0, 0].set(jnp.nan)}
     batch = make_batch()
     batch["tokens"] = batch["tokens"].at[0, 0].set(0)
@@ -216,7 +215,7 @@ def test_a_non_finite_update_is_left_out_and_counted():
 def test_an_all_masked_batch_changes_no_parameter_and_is_finite():
     definition, parameters = make_model()
     optimizer = optax.sgd(1.0)
-    step = jax.jit(functools.partial(train_step, definition=definition, optimizer=optimizer, settings=Weighting()))
+    step = jax.jit(functools.partial(train_step, definition=definition, optimizer=optimizer, objective=Objective(Weighting())))
     batch = make_batch()
     batch["mask"] = jnp.zeros_like(batch["mask"])
     after, metrics = step(initial_state(parameters, optimizer), batch, None)
@@ -230,9 +229,8 @@ def test_inspected_weights_are_the_weights_of_the_update():
     reference = make_reference()
     batch = make_batch()
     entries = inspect_tokens(
-        parameters, batch, reference.parameters, 0,
-        definition=definition, settings=ALGORITHMS["tokenskip"], reference_definition=reference.definition,
-    )  # fmt: skip
+        parameters, batch, reference, 0, definition=definition, objective=Objective(ALGORITHMS["tokenskip"])
+    )
     _, _, _, losses, weights = gradients_of("tokenskip", 1)(parameters, batch)
     mask = np.asarray(batch["mask"])
     np.testing.assert_array_equal(np.asarray(entries["weight"])[mask] > 0, np.asarray(weights)[mask] > 0)
@@ -244,7 +242,8 @@ def test_stored_reference_losses_give_the_weights_of_the_reference():
     definition, parameters = make_model()
     reference = make_reference()
     batch = make_batch()
-    logits = merge(*reference).logits(batch["tokens"], batch["segment_ids"], batch["positions"])[:, :, 0]
+    model = merge(reference.definition, reference.parameters)
+    logits = model.logits(batch["tokens"], batch["segment_ids"], batch["positions"])[:, :, 0]
     log_p = np.asarray(jax.nn.log_softmax(logits))
     tokens, place = np.asarray(batch["tokens"]), np.asarray(batch["positions"])
     stored = np.zeros((B, S), np.float32)
@@ -254,7 +253,10 @@ def test_stored_reference_losses_give_the_weights_of_the_reference():
                 stored[b, t] = -log_p[b, t - 1, tokens[b, t]]
     _, _, _, _, expected = gradients_of("weighted", 1)(parameters, batch)
     _, _, _, _, got = loss_and_gradients(
-        parameters, {**batch, "reference_loss": jnp.asarray(stored)}, definition=definition, settings=ALGORITHMS["weighted"]
+        parameters,
+        {**batch, "reference_loss": jnp.asarray(stored)},
+        definition=definition,
+        objective=Objective(ALGORITHMS["weighted"]),
     )
     mask = np.asarray(batch["mask"])
     np.testing.assert_allclose(np.asarray(got)[mask], np.asarray(expected)[mask], rtol=1e-4)
@@ -266,9 +268,12 @@ def test_reference_receives_no_gradient_and_keeps_its_parameters():
 
     def loss(reference_parameters):
         return loss_and_gradients(
-            parameters, make_batch(), definition=definition, settings=ALGORITHMS["weighted"],
-            reference=Reference(reference.definition, reference_parameters),
-        )[0]  # fmt: skip
+            parameters,
+            make_batch(),
+            Reference(reference.definition, reference_parameters),
+            definition=definition,
+            objective=Objective(ALGORITHMS["weighted"]),
+        )[0]
 
     gradients = jax.jit(jax.grad(loss))(reference.parameters)
     assert all(float(jnp.abs(leaf).max()) == 0.0 for leaf in jax.tree.leaves(gradients))
@@ -279,7 +284,7 @@ def test_an_update_takes_over_the_memory_of_the_state():
     definition, parameters = make_model()
     optimizer = optax.adamw(1e-3)
     state = initial_state(parameters, optimizer)
-    step = functools.partial(train_step, definition=definition, optimizer=optimizer, settings=Weighting())
+    step = functools.partial(train_step, definition=definition, optimizer=optimizer, objective=Objective(Weighting()))
     update = in_jax._jit_update(Placement(jax.devices()[0]), step, state)
     memory = update.lower(state, make_batch(), None).compile().memory_analysis()
     assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))

@@ -97,7 +97,7 @@ def weighted_mean(loss: Array, weights: Array, mask: Array, *, denominator: Arra
 def _token_statistics(
     hidden: Array, unembedding: Array, targets: Array, chunk: int, tile: int
 ) -> tuple[Array, Array, Array]:
-    return finish(jnp, _softmax(hidden, unembedding, targets, chunk=chunk, tile=tile))
+    return finish(_softmax(hidden, unembedding, targets, chunk=chunk, tile=tile))
 
 
 def _forward(hidden, unembedding, targets, chunk, tile):
@@ -105,7 +105,7 @@ def _forward(hidden, unembedding, targets, chunk, tile):
     # Saved in two parts: the sum, maximum + log(normalizer), would lose digits where logits are large.
     maximum = checkpoint_name(softmax.maximum, "log_sum_exp")
     normalizer = checkpoint_name(softmax.normalizer, "log_sum_exp")
-    return finish(jnp, softmax), (hidden, unembedding, targets, maximum, normalizer)
+    return finish(softmax), (hidden, unembedding, targets, maximum, normalizer)
 
 
 def _backward(chunk, tile, residuals, cotangents):
@@ -139,7 +139,7 @@ def _softmax(hidden: Array, unembedding: Array, targets: Array, *, chunk: int, t
             if vocabulary % tile:
                 logits = jnp.where(_iota(logits, 1) >= overlap, logits, lowest)
                 tile_targets = jnp.where(tile_targets >= overlap, tile_targets, -1)
-            return merge(jnp, softmax, _tile_softmax(logits, tile_targets))
+            return merge(softmax, _tile_softmax(logits, tile_targets))
 
         zeros = jnp.zeros(chunk, dtype)
         softmax = _loop(vocabulary, tile, tile_step, Softmax(zeros + lowest, zeros, zeros, zeros, zeros))
@@ -250,9 +250,9 @@ def _sharded_forward(hidden, unembedding, targets, chunk_size):
         states, part, local_targets = _local(hidden, sharding.gather_width(part, axis=-2), targets)
         chunk, tile = tiling(len(states), part.shape[1], chunk_size, accelerated=_accelerated())
         softmax = _softmax(states, part, local_targets, chunk=chunk, tile=tile)
-        scaled = rescale(jnp, softmax, lax.pmax(softmax.maximum, "tensor"))
+        scaled = rescale(softmax, lax.pmax(softmax.maximum, "tensor"))
         whole = Softmax(scaled.maximum, *lax.psum(scaled[1:], "tensor"))
-        results = (*finish(jnp, whole), whole.maximum, whole.normalizer)
+        results = (*finish(whole), whole.maximum, whole.normalizer)
         return tuple(values.T.reshape(targets.shape) for values in results)
 
     states, part, entries = _specs(hidden, unembedding, targets)

@@ -67,7 +67,7 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Weighting:
-    """The section `weighting` of the configuration, in the same words, and how a reference is aligned."""
+    """The section `weighting` of the configuration, in the same words."""
 
     algorithm: str = "baseline-mtp"
     form: str = "default"
@@ -86,7 +86,6 @@ class Weighting:
     coefficients: tuple[float, ...] = ()
     permute: bool = False
     start_step: int = 0
-    alignment: str = "next_token"
 
     @property
     def needs_reference(self) -> bool:

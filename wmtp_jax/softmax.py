@@ -1,14 +1,14 @@
 """What the losses of both backends share: the tiles that logits are made in, and the arithmetic of a softmax in parts.
 
-Shapes, plain numbers and operators; as in `algorithms.py`, the first argument of what needs more is the backend's: `arrays` is
-`jax.numpy` or `torch`.
+Shapes, plain numbers, and arrays of either backend, see `backends.py`.
 """
 
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any, NamedTuple
+
+from wmtp_jax.backends import namespace_of
 
 Array = Any  # of either backend
 
@@ -44,10 +44,10 @@ class Softmax(NamedTuple):
     target_logit: Array
 
 
-def rescale(arrays: ModuleType, softmax: Softmax, maximum: Array) -> Softmax:
+def rescale(softmax: Softmax, maximum: Array) -> Softmax:
     """The same part about a `maximum` that is at least its own."""
     shift = softmax.maximum - maximum
-    scale = arrays.exp(shift)
+    scale = namespace_of(shift).exp(shift)
     return Softmax(
         maximum,
         scale * softmax.normalizer,
@@ -57,16 +57,16 @@ def rescale(arrays: ModuleType, softmax: Softmax, maximum: Array) -> Softmax:
     )
 
 
-def merge(arrays: ModuleType, left: Softmax, right: Softmax) -> Softmax:
+def merge(left: Softmax, right: Softmax) -> Softmax:
     """Two parts as one (the online softmax of arXiv 1805.02867)."""
-    maximum = arrays.maximum(left.maximum, right.maximum)
-    left, right = rescale(arrays, left, maximum), rescale(arrays, right, maximum)
+    maximum = namespace_of(left.maximum).maximum(left.maximum, right.maximum)
+    left, right = rescale(left, maximum), rescale(right, maximum)
     return Softmax(maximum, *(a + b for a, b in zip(left[1:], right[1:], strict=True)))
 
 
-def finish(arrays: ModuleType, softmax: Softmax) -> TokenStatistics:
+def finish(softmax: Softmax) -> TokenStatistics:
     """Loss, entropy and squared probability sum from the softmax over the whole vocabulary."""
-    log_normalizer = arrays.log(softmax.normalizer)
+    log_normalizer = namespace_of(softmax.normalizer).log(softmax.normalizer)
     loss = log_normalizer + (softmax.maximum - softmax.target_logit)
     entropy = log_normalizer - softmax.weighted_shift / softmax.normalizer
     return TokenStatistics(loss, entropy, softmax.squared_sum / softmax.normalizer**2)

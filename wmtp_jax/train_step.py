@@ -6,6 +6,7 @@ treatment of non-finite values cannot differ between them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,14 +16,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from wmtp_jax import algorithms, weighting
-from wmtp_jax import critic as critics
+from wmtp_jax import weighting
+from wmtp_jax.algorithms import token_weights
+from wmtp_jax.critic import token_score, value_loss
 from wmtp_jax.losses import TokenStatistics, token_statistics, weighted_mean
 from wmtp_jax.model import Model, Parameters, merge, separate, unite
 from wmtp_jax.parallel import sharding
-from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss, step_metrics
-from wmtp_jax.settings import Critic, Weighting
+from wmtp_jax.settings import Critic
 from wmtp_jax.trainable import ALL, Trainable
+from wmtp_jax.update import Objective, StepMetrics, ValueMetrics, WeightedLoss, step_metrics
 
 Array = jax.Array
 # tokens, segment_ids, positions [B, S]; targets, mask [B, S, H]; where they were scored beforehand, reference_loss [B, S]:
@@ -32,8 +34,10 @@ Array = jax.Array
 Batch = dict[str, Array]
 
 
-class Reference(NamedTuple):
-    """A frozen model that tells how hard a token is: its structure (static) and its parameters."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["parameters"], meta_fields=["definition"])
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A frozen model that tells how hard a token is: its structure, static in a compiled function, and its parameters."""
 
     definition: nnx.GraphDef
     parameters: Parameters
@@ -95,7 +99,7 @@ def reference_token_statistics(
     loss, entropy, _ = _reference_statistics(reference, next_token, chunk_size=chunk_size)
 
     def by_token(entries: Array) -> Array:
-        # What is said of token x[t] is made at t - 1.
+        # The head at position t - 1 predicts token x[t].
         return jnp.pad(jnp.where(batch["positions"][:, 1:] > 0, entries[:, :-1, 0], 0.0), ((0, 0), (1, 0)))
 
     return by_token(loss), by_token(entropy)
@@ -106,36 +110,48 @@ def _reference_statistics(reference: Reference, batch: Batch, *, chunk_size: int
     return jax.lax.stop_gradient(head_statistics(model, batch, chunk_size=chunk_size))
 
 
-reference_entries = functools.partial(
-    algorithms.reference_entries, weighting, reference_token_statistics, _reference_statistics
-)
+def reference_entries(reference: Reference | None, batch: Batch, objective: Objective) -> dict[str, Array]:
+    """What the weights read of the reference by (position, head), `[B, S, H]` each and without gradient: the columns
+    `Weighting.reference_columns`, `reference_loss` about the target and `reference_entropy` of the distribution that predicts it.
+
+    Columns that the batch brings are aligned to heads. Else the reference computes them: by `next_token`, for target x[s+1+k]
+    from its own prefix x[<= s+k]; by `same_prefix`, from x[<= s] and the reference's own head k.
+    """
+    names = objective.weighting.reference_columns
+    if not names:
+        return {}
+    if names[0] in batch:
+        by_token = tuple(batch[name] for name in names)
+    else:
+        assert reference is not None
+        if objective.alignment == "same_prefix":
+            of_heads = _reference_statistics(reference, batch, chunk_size=objective.chunk_size)
+            return dict(zip(names, of_heads, strict=False))
+        by_token = reference_token_statistics(reference, batch, chunk_size=objective.chunk_size)
+    heads = batch["mask"].shape[-1]
+    return {name: weighting.align_to_heads(x, num_heads=heads) for name, x in zip(names, by_token, strict=False)}
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-token_weights = functools.partial(algorithms.token_weights, jnp, weighting)
-token_score = functools.partial(critics.token_score, weighting)
-value_loss = functools.partial(critics.value_loss, jnp, weighting, jax.lax.stop_gradient)
-value_sums = functools.partial(critics.value_sums, jnp, weighting)
-
-
-def _batch_weights(
-    settings: Weighting,
-    critic: Critic | None,
+def batch_weights(
+    objective: Objective,
     statistics: TokenStatistics,
     batch: Batch,
-    step: Array,
-    seed: int,
     reference: dict[str, Array],
     values: Array | None,
+    step: Array | int,
 ) -> Array:
-    mask, score = batch["mask"], None
+    """The weights of an update after `step` others, `[B, S, H]` and without gradient: the algorithm's, then what holds for all of
+    them. `reference` as `reference_entries` gives it, `values` as `token_values` does."""
+    settings, mask, score = objective.weighting, batch["mask"], None
     if settings.needs_values:
-        score = token_score(jax.lax.stop_gradient(values), batch["rewards"], batch["segment_ids"], critic=critic)
+        values = jax.lax.stop_gradient(values)
+        score = token_score(values, batch["rewards"], batch["segment_ids"], critic=objective.critic)
     weights = token_weights(settings, statistics, mask, token_score=score, **reference)
     if settings.permute:
-        noise = jax.random.uniform(jax.random.fold_in(jax.random.key(seed), step), mask.shape)
+        noise = jax.random.uniform(jax.random.fold_in(jax.random.key(objective.seed), step), mask.shape)
         weights = weighting.permute(weights, mask, noise)
     if settings.start_step:
         weights = jnp.where(step < settings.start_step, weighting.uniform(mask), weights)
@@ -148,80 +164,69 @@ def _batch_weights(
 def loss_and_gradients(
     parameters: Parameters,
     batch: Batch,
-    *,
-    definition: nnx.GraphDef,
-    settings: Weighting,
-    critic: Critic | None = None,
     reference: Reference | None = None,
     step: Array | int = 0,
-    seed: int = 0,
-    accumulation: int = 1,
-    chunk_size: int | None = None,
-    trainable: Trainable = ALL,
+    *,
+    definition: nnx.GraphDef,
+    objective: Objective,
 ) -> WeightedLoss:
     """The weighted loss of a batch and its gradient in the parameters that are trained.
 
-    With `accumulation` A > 1 the rows go through in A parts; loss and gradient are those of the whole batch up to
+    With A = `objective.accumulation` > 1 the rows go through in A parts; loss and gradient are those of the whole batch up to
     rounding. Weights of batch or head scope then cost one more forward pass, which collects the statistics first.
 
     Args:
       parameters: of the model.
-      batch: see `Batch`; B a multiple of `accumulation`.
-      definition: the model's structure.
-      settings: which weights.
-      critic: how the model's value head learns beside the heads, and what its values say; None: there is none.
+      batch: see `Batch`; B a multiple of the accumulation.
       reference: the reference model, where the algorithm needs one and the batch holds no stored losses.
       step: completed updates.
-      seed: of the random permutation (`settings.permute`).
-      accumulation: parts.
-      chunk_size: tokens whose logits are held at once; None leaves it to the loss.
-      trainable: what the gradient is in; of the rest none is made.
+      definition: the model's structure.
+      objective: what is minimised.
     """
-    trained, frozen = separate(parameters, trainable)
+    critic, accumulation = objective.critic, objective.accumulation
+    trained, frozen = separate(parameters, objective.trainable)
 
     # With padding, heads and parts have different numbers of valid entries: one global denominator keeps the mean a mean.
     denominator = batch["mask"].sum().astype(jnp.float32)
     value_denominator = batch["rewarded"].sum().astype(jnp.float32) if critic else None
 
-    def weigh(statistics: TokenStatistics, part: Batch, of_reference: dict[str, Array], values: Array | None) -> Array:
-        return _batch_weights(settings, critic, statistics, part, step, seed, of_reference, values)
-
-    reference_of = functools.partial(reference_entries, reference, settings=settings, chunk_size=chunk_size)
-
     def forward(trained: Parameters, part: Batch) -> tuple[TokenStatistics, Array | None]:
         model = merge(definition, unite(trained, frozen))
-        statistics, shared = _statistics_and_states(model, part, chunk_size=chunk_size)
+        statistics, shared = _statistics_and_states(model, part, chunk_size=objective.chunk_size)
         return statistics, token_values(model, shared, train_trunk=critic.train_trunk) if critic else None
 
-    def objective(trained: Parameters, part: Batch, given: Array | None) -> tuple[Array, tuple[tuple, tuple]]:
+    def loss_of(trained: Parameters, part: Batch, given: Array | None) -> tuple[Array, tuple[tuple, tuple]]:
         statistics, values = forward(trained, part)
-        weights = weigh(statistics, part, reference_of(part), values) if given is None else given
+        weights = given
+        if weights is None:
+            known = reference_entries(reference, part, objective)
+            weights = batch_weights(objective, statistics, part, known, values, step)
         loss = weighted_mean(statistics.loss, weights, part["mask"], denominator=denominator)
         of_values = jnp.zeros_like(loss)
         if critic:
-            of_values = value_loss(
-                values, part["rewards"], part["rewarded"], part["segment_ids"],
-                critic=critic, denominator=value_denominator,
-            )  # fmt: skip
+            columns = (part["rewards"], part["rewarded"], part["segment_ids"])
+            of_values = value_loss(values, *columns, critic=critic, denominator=value_denominator)
         total = loss + (critic.coefficient if critic else 0.0) * of_values
         return total, ((loss, of_values), (jax.lax.stop_gradient(statistics.loss), weights))
 
-    value_and_grad = jax.value_and_grad(objective, has_aux=True)
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if accumulation == 1:
         (_, (sums, entries)), gradients = value_and_grad(trained, batch, None)
         return WeightedLoss(*sums, gradients, *entries)  # pyrefly: ignore[bad-argument-count]  # two and two
 
     batches, whole = _parts(batch, accumulation)
     given = None
-    if not settings.is_local:
+    if not objective.weighting.is_local:
+        # A weight that ranks or standardises over the batch needs every loss of it. A forward pass collects what weights are made
+        # of; the logits are made again in the weighted pass, so that memory stays that of one part.
 
         def collect(_: None, part: Batch) -> tuple[None, tuple[TokenStatistics, dict[str, Array], Array | None]]:
             statistics, values = forward(trained, part)
-            return None, jax.lax.stop_gradient((statistics, reference_of(part), values))
+            return None, jax.lax.stop_gradient((statistics, reference_entries(reference, part, objective), values))
 
         _, collected = jax.lax.scan(collect, None, batches)
-        statistics, references, values = jax.tree.map(whole, collected)
-        given = _parts(weigh(statistics, batch, references, values), accumulation)[0]
+        statistics, known, values = jax.tree.map(whole, collected)
+        given = _parts(batch_weights(objective, statistics, batch, known, values, step), accumulation)[0]
 
     def sums_and_gradients(part: Batch, given: Array | None) -> tuple[tuple[tuple, Parameters], tuple]:
         (_, (sums, entries)), gradients = value_and_grad(trained, part, given)
@@ -283,38 +288,19 @@ def _parts(tree: Any, count: int) -> tuple[Any, Callable[[Array], Array]]:
 def train_step(
     state: TrainState,
     batch: Batch,
-    reference_parameters: Parameters | None,
+    reference: Reference | None,
     *,
     definition: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
-    settings: Weighting,
-    critic: Critic | None = None,
-    reference_definition: nnx.GraphDef | None = None,
-    seed: int = 0,
-    accumulation: int = 1,
-    chunk_size: int | None = None,
-    trainable: Trainable = ALL,
+    objective: Objective,
 ) -> tuple[TrainState, StepMetrics]:
     """One update of the parameters that are trained. Where loss or gradient is not finite, parameters and optimizer stay as
-    they were and `finite` is False."""
-    reference = None if reference_parameters is None else Reference(reference_definition, reference_parameters)
-    done = loss_and_gradients(
-        state.parameters,
-        batch,
-        definition=definition,
-        settings=settings,
-        critic=critic,
-        reference=reference,
-        step=state.step,
-        seed=seed,
-        accumulation=accumulation,
-        chunk_size=chunk_size,
-        trainable=trainable,
-    )
-    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer, trainable)
+    they were and `finite` is False. Arguments as in `loss_and_gradients`."""
+    done = loss_and_gradients(state.parameters, batch, reference, state.step, definition=definition, objective=objective)
+    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer, objective.trainable)
     # Of the model alone: a figure that means the same for every algorithm.
     norm = optax.tree.norm({k: v for k, v in done.gradients.items() if k != "value_head"})
-    return state, step_metrics(jnp, weighting, done, batch["mask"], grad_norm=norm, finite=finite)
+    return state, step_metrics(done, batch["mask"], grad_norm=norm, finite=finite)
 
 
 def value_step(
@@ -378,28 +364,23 @@ def _apply(
 def inspect_tokens(
     parameters: Parameters,
     batch: Batch,
-    reference_parameters: Parameters | None,
+    reference: Reference | None,
     step: Array | int,
     *,
     definition: nnx.GraphDef,
-    settings: Weighting,
-    critic: Critic | None = None,
-    reference_definition: nnx.GraphDef | None = None,
-    seed: int = 0,
-    chunk_size: int | None = None,
+    objective: Objective,
 ) -> dict[str, Array]:
     """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and what is read of a
     reference (`reference_loss`, `reference_entropy`), each `[B, S, H]`; with a critic, `value [B, S]`. The weights are those
     that an update after `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
     model = merge(definition, parameters)
-    statistics, shared = _statistics_and_states(model, batch, chunk_size=chunk_size)
-    reference = Reference(reference_definition, reference_parameters)
-    known = reference_entries(reference, batch, settings=settings, chunk_size=chunk_size)
+    statistics, shared = _statistics_and_states(model, batch, chunk_size=objective.chunk_size)
+    known = reference_entries(reference, batch, objective)
     entries = {"loss": statistics.loss, "entropy": statistics.entropy, **known}
-    if critic:
-        entries["value"] = token_values(model, shared)
-    values = entries.get("value")
-    entries["weight"] = _batch_weights(settings, critic, statistics, batch, jnp.asarray(step), seed, known, values)
+    values = None
+    if objective.critic:
+        values = entries["value"] = token_values(model, shared)
+    entries["weight"] = batch_weights(objective, statistics, batch, known, values, jnp.asarray(step))
     return entries
 
 

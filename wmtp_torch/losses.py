@@ -84,7 +84,7 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Array, unembedding: Array, targets: Array, chunk: int, tile: int) -> tuple[Array, ...]:
         softmax = _softmax(hidden, unembedding, targets, chunk=chunk, tile=tile)
-        statistics = finish(torch, softmax)
+        statistics = finish(softmax)
         # Saved in two parts: the sum, maximum + log(normalizer), would lose digits where logits are large.
         ctx.save_for_backward(hidden, unembedding, targets, softmax.maximum, softmax.normalizer)
         ctx.mark_non_differentiable(statistics.entropy, statistics.squared_probability_sum)
@@ -115,7 +115,7 @@ def _softmax(hidden: Array, unembedding: Array, targets: Array, *, chunk: int, t
             matrix = unembedding[head * width : (head + 1) * width, columns].to(dtype)
             logits, scratch = (part[: len(states) * matrix.shape[1]].view(len(states), -1) for part in workspace)
             torch.mm(states, matrix, out=logits)
-            softmax = merge(torch, softmax, _tile_softmax(logits, targets[head, rows] - columns.start, scratch))
+            softmax = merge(softmax, _tile_softmax(logits, targets[head, rows] - columns.start, scratch))
         stacked[:, head, rows] = torch.stack(softmax)
     return Softmax(*stacked)
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from wmtp_jax.cli import StopSignals
 from wmtp_jax.config_checks import check_one_device
+from wmtp_jax.critic import value_sums
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.errors import UserError
 from wmtp_jax.parallel.peaks import measured_peak, peak_of
@@ -27,7 +28,7 @@ from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.run import experiment, loop, stage_ends, summary
 from wmtp_jax.run.inputs import is_published
 from wmtp_jax.run.stage import Stage
-from wmtp_jax.run.unpacking import critic_settings, optimizer_settings, total_steps, trainable, weighting_settings
+from wmtp_jax.run.unpacking import critic_settings, objective, optimizer_settings, total_steps
 from wmtp_jax.settings import ModelSettings
 from wmtp_torch import train_step as steps
 from wmtp_torch.checkpoint import Checkpoints, as_tensor, load_model
@@ -101,30 +102,33 @@ def load_reward_model(published: Published, device: torch.device) -> Callable[[n
 def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> None:
     """Trains a model and its heads; with a critic, its value head beside them."""
     config, settings = stage.config, stage.model
-    weighting, critic = weighting_settings(config), critic_settings(config)
-    seed, chunk_size = config.train.seed, config.train.loss_chunk or None
+    minimised = objective(config)
+    critic, trained, seed = minimised.critic, minimised.trainable, config.train.seed
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     if stage.trunk is None:
         parameters = _move(initial_parameters(settings, seed, value_head=critic is not None), device)
     else:
         parameters = _place(stage.initial(_shapes(settings, value_head=critic is not None)), device)
-    model, trained = merge(settings, parameters), trainable(config)
+    model = merge(settings, parameters)
     parameters = {n: p.requires_grad_(trained.first(n) is not None) for n, p in model.named_parameters()}
     optimizer = Optimizer(optimizer_settings(config), total_steps(config, stage.corpus), device=device)
 
     # ---- functions of a step -----------------------------------------------------------------------------------------
-    shared = {"settings": weighting, "critic": critic, "reference": stage.reference, "seed": seed, "chunk_size": chunk_size}
-    options = {"accumulation": config.train.accumulation, "trainable": trained, **shared}
-    step = functools.partial(steps.train_step, model=model, optimizer=optimizer, **options)
+    def step(state: TrainState, batch: steps.Batch) -> tuple[TrainState, Any]:
+        options = {"model": model, "optimizer": optimizer, "objective": minimised}
+        return steps.train_step(state, batch, stage.reference, **options)
+
     token_bytes, token_batch = torch.from_numpy(stage.corpus.tokenizer.token_bytes).to(device), stage.token_batch
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
         values = (lambda b: _value_sums(model, _move(b, device), critic.discount)) if critic is not None else None
-        return stage.evaluate(lambda b: _batch_sums(model, _move(b, device), token_bytes, chunk_size), values)
+        return stage.evaluate(lambda b: _batch_sums(model, _move(b, device), token_bytes, minimised.chunk_size), values)
 
     def inspect_state(state: TrainState) -> dict[str, Any]:
-        entries = steps.inspect_tokens(model, _move(token_batch, device), state.step, **shared)
+        entries = steps.inspect_tokens(
+            model, _move(token_batch, device), stage.reference, state.step, objective=minimised
+        )
         return {**token_batch, **{name: tensor.detach().cpu().numpy() for name, tensor in entries.items()}}  # pyrefly: ignore[invalid-argument]  # there is one
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def _batch_sums(model: Model, batch: Batch, token_bytes: torch.Tensor, chunk_siz
 @torch.no_grad()
 def _value_sums(model: Model, batch: Batch, discount: float) -> tuple:
     values = steps.token_values(model, steps.shared_states(model, batch))
-    sums = steps.value_sums(values, batch["rewards"], batch["rewarded"], batch["segment_ids"], discount=discount)
+    sums = value_sums(values, batch["rewards"], batch["rewarded"], batch["segment_ids"], discount=discount)
     return tuple(x.cpu() for x in sums)
 
 

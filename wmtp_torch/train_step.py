@@ -6,17 +6,16 @@ finite is left out by arithmetic, and numbers are read by whoever logs them.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from wmtp_jax import algorithms
-from wmtp_jax import critic as critics
-from wmtp_jax.records import StepMetrics, ValueMetrics, WeightedLoss, step_metrics
-from wmtp_jax.settings import Critic, Weighting
+from wmtp_jax.algorithms import token_weights
+from wmtp_jax.critic import token_score, value_loss
+from wmtp_jax.settings import Critic
 from wmtp_jax.trainable import ALL, Trainable
+from wmtp_jax.update import Objective, StepMetrics, ValueMetrics, WeightedLoss, step_metrics
 from wmtp_torch import weighting
 from wmtp_torch.losses import TokenStatistics, token_statistics, weighted_mean
 from wmtp_torch.model import Model, Parameters
@@ -83,41 +82,58 @@ def reference_token_statistics(reference: Model, batch: Batch, *, chunk_size: in
     loss, entropy, _ = head_statistics(reference, next_token, chunk_size=chunk_size)
 
     def by_token(entries: Array) -> Array:
-        # What is said of token x[t] is made at t - 1.
+        # The head at position t - 1 predicts token x[t].
         return torch.nn.functional.pad(torch.where(batch["positions"][:, 1:] > 0, entries[:, :-1, 0], 0.0), (1, 0))
 
     return by_token(loss), by_token(entropy)
 
 
-reference_entries = functools.partial(
-    algorithms.reference_entries, weighting, reference_token_statistics, torch.no_grad()(head_statistics)
-)
+def reference_entries(reference: Model | None, batch: Batch, objective: Objective) -> dict[str, Array]:
+    """What the weights read of the reference by (position, head), `[B, S, H]` each and without gradient: the columns
+    `Weighting.reference_columns`, `reference_loss` about the target and `reference_entropy` of the distribution that predicts it.
+
+    Columns that the batch brings are aligned to heads. Else the reference computes them: by `next_token`, for target x[s+1+k]
+    from its own prefix x[<= s+k]; by `same_prefix`, from x[<= s] and the reference's own head k.
+    """
+    names = objective.weighting.reference_columns
+    if not names:
+        return {}
+    if names[0] in batch:
+        by_token = tuple(batch[name] for name in names)
+    else:
+        assert reference is not None
+        if objective.alignment == "same_prefix":
+            of_heads = torch.no_grad()(head_statistics)(reference, batch, chunk_size=objective.chunk_size)
+            return dict(zip(names, of_heads, strict=False))
+        by_token = reference_token_statistics(reference, batch, chunk_size=objective.chunk_size)
+    heads = batch["mask"].shape[-1]
+    return {name: weighting.align_to_heads(x, num_heads=heads) for name, x in zip(names, by_token, strict=False)}
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-token_weights = functools.partial(algorithms.token_weights, torch, weighting)
-token_score = functools.partial(critics.token_score, weighting)
-value_loss = functools.partial(critics.value_loss, torch, weighting, torch.Tensor.detach)
-value_sums = functools.partial(critics.value_sums, torch, weighting)
-
-
 @torch.no_grad()
-def _batch_weights(
-    settings: Weighting, critic: Critic | None, step: int, seed: int,
-    statistics: TokenStatistics, batch: Batch, reference: dict[str, Array], values: Array | None,
-) -> Array:  # fmt: skip
-    mask, score = batch["mask"], None
+def batch_weights(
+    objective: Objective,
+    statistics: TokenStatistics,
+    batch: Batch,
+    reference: dict[str, Array],
+    values: Array | None,
+    step: int,
+) -> Array:
+    """The weights of an update after `step` others, `[B, S, H]` and without gradient: the algorithm's, then what holds for all of
+    them. `reference` as `reference_entries` gives it, `values` as `token_values` does."""
+    settings, mask, score = objective.weighting, batch["mask"], None
     if step < settings.start_step:
         return weighting.uniform(mask)
     if settings.needs_values:
-        score = token_score(values, batch["rewards"], batch["segment_ids"], critic=critic)
+        score = token_score(values, batch["rewards"], batch["segment_ids"], critic=objective.critic)
     statistics = TokenStatistics(*(entry.detach() for entry in statistics))
     weights = token_weights(settings, statistics, mask, token_score=score, **reference)
     if settings.permute:
         # A function of (seed, step), as in JAX, but not the same numbers: the generators differ.
-        generator = torch.Generator().manual_seed(seed << 32 | step)
+        generator = torch.Generator().manual_seed(objective.seed << 32 | step)
         noise = torch.rand(mask.shape, generator=generator).to(mask.device, non_blocking=True)
         weights = weighting.permute(weights, mask, noise)
     return weights
@@ -127,54 +143,50 @@ def _batch_weights(
 
 
 def loss_and_gradients(
-    model: Model, batch: Batch, *, settings: Weighting, critic: Critic | None = None, reference: Model | None = None,
-    step: int = 0, seed: int = 0, accumulation: int = 1, chunk_size: int | None = None, trainable: Trainable = ALL,
-) -> WeightedLoss:  # fmt: skip
+    model: Model, batch: Batch, reference: Model | None = None, step: int = 0, *, objective: Objective
+) -> WeightedLoss:
     """The weighted loss of a batch and its gradient in the model's parameters that require one.
 
-    With `accumulation` A > 1 the rows go through in A parts; loss and gradient are those of the whole batch up to
+    With A = `objective.accumulation` > 1 the rows go through in A parts; loss and gradient are those of the whole batch up to
     rounding. Weights of batch or head scope then cost one more forward pass, which collects the statistics first.
 
     Args:
       model: with its parameters.
-      batch: see `Batch`; B a multiple of `accumulation`.
-      settings: which weights.
-      critic: how the model's value head learns beside the heads, and what its values say; None: there is none.
+      batch: see `Batch`; B a multiple of the accumulation.
       reference: the reference model, where the algorithm needs one and the batch holds no stored losses.
       step: completed updates.
-      seed: of the random permutation (`settings.permute`).
-      accumulation: parts.
-      chunk_size: tokens whose logits are held at once; None leaves it to the loss.
-      trainable: what of them the gradient is in.
+      objective: what is minimised.
     """
+    critic, accumulation = objective.critic, objective.accumulation
     # With padding, heads and parts have different numbers of valid entries: one global denominator keeps the mean a mean.
     denominator = batch["mask"].sum().float()
     value_denominator = batch["rewarded"].sum().float() if critic else None
 
-    weigh = functools.partial(_batch_weights, settings, critic, step, seed)
-
-    reference_of = functools.partial(reference_entries, reference, settings=settings, chunk_size=chunk_size)
-
     def forward(part: Batch) -> tuple[TokenStatistics, Array | None]:
-        statistics, shared = _statistics_and_states(model, part, chunk_size=chunk_size)
+        statistics, shared = _statistics_and_states(model, part, chunk_size=objective.chunk_size)
         return statistics, token_values(model, shared, train_trunk=critic.train_trunk) if critic else None
 
     batches, given = _parts(batch, accumulation), [None] * accumulation
-    if accumulation > 1 and not settings.is_local:
+    if accumulation > 1 and not objective.weighting.is_local:
+        # A weight that ranks or standardises over the batch needs every loss of it. A forward pass collects what weights are made
+        # of; the logits are made again in the weighted pass, so that memory stays that of one part.
         with torch.no_grad():
-            collected = [(*forward(part), reference_of(part)) for part in batches]
+            collected = [(*forward(part), reference_entries(reference, part, objective)) for part in batches]
         statistics, values, references = zip(*collected, strict=True)
         statistics = TokenStatistics(*map(_whole, zip(*statistics, strict=True)))
-        of_reference = {name: _whole([part[name] for part in references]) for name in references[0]}
-        weights = weigh(statistics, batch, of_reference, None if values[0] is None else _whole(values))
+        known = {name: _whole([part[name] for part in references]) for name in references[0]}
+        values = None if values[0] is None else _whole(values)
+        weights = batch_weights(objective, statistics, batch, known, values, step)
         given = [part["weights"] for part in _parts({"weights": weights}, accumulation)]
 
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss = of_values = torch.zeros_like(denominator)
     gradients, entries = {}, []
-    for part, part_weights in zip(batches, given, strict=True):
+    for part, weights in zip(batches, given, strict=True):
         statistics, values = forward(part)
-        weights = weigh(statistics, part, reference_of(part), values) if part_weights is None else part_weights
+        if weights is None:
+            known = reference_entries(reference, part, objective)
+            weights = batch_weights(objective, statistics, part, known, values, step)
         part_loss = total = weighted_mean(statistics.loss, weights, part["mask"], denominator=denominator)
         if critic:
             part_value_loss = _part_value_loss(values, part, critic, value_denominator)
@@ -184,7 +196,7 @@ def loss_and_gradients(
         _add(gradients, parameters, total)
         entries.append((statistics.loss.detach(), weights))
     losses, weights = (_whole(parts) for parts in zip(*entries, strict=True))
-    return WeightedLoss(loss, of_values, trainable.trained(gradients), losses, weights)
+    return WeightedLoss(loss, of_values, objective.trainable.trained(gradients), losses, weights)
 
 
 def _part_value_loss(values: Array, part: Batch, critic: Critic, denominator: Array) -> Array:
@@ -213,18 +225,16 @@ def _whole(parts: Sequence[Array]) -> Array:
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, model: Model, optimizer: Optimizer, trainable: Trainable = ALL, **settings: Any
+    state: TrainState, batch: Batch, reference: Model | None, *, model: Model, optimizer: Optimizer, objective: Objective
 ) -> tuple[TrainState, StepMetrics]:
     """One update of the parameters that are trained. Where loss or gradient is not finite, parameters and optimizer stay as
-    they were and `finite` is False.
-
-    `state.parameters` are those of `model`, changed in place; `settings` are those of `loss_and_gradients` besides `step`.
-    """
-    done = loss_and_gradients(model, batch, step=state.step, trainable=trainable, **settings)
+    they were and `finite` is False. Arguments as in `loss_and_gradients`; `state.parameters` are those of `model`, changed in
+    place."""
+    done = loss_and_gradients(model, batch, reference, state.step, objective=objective)
     # Of the model alone: a figure that means the same for every algorithm. Before the update, which clips in place.
     norm = global_norm([g for name, g in done.gradients.items() if not name.startswith("value_head.")])
-    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer, trainable)
-    return state, step_metrics(torch, weighting, done, batch["mask"], grad_norm=norm, finite=finite)
+    state, finite = _apply(state, done.loss + done.value_loss, done.gradients, optimizer, objective.trainable)
+    return state, step_metrics(done, batch["mask"], grad_norm=norm, finite=finite)
 
 
 def value_step(
@@ -263,19 +273,18 @@ def _apply(
 
 @torch.no_grad()
 def inspect_tokens(
-    model: Model, batch: Batch, step: int, *, settings: Weighting, critic: Critic | None = None,
-    reference: Model | None = None, seed: int = 0, chunk_size: int | None = None,
-) -> dict[str, Array]:  # fmt: skip
+    model: Model, batch: Batch, reference: Model | None, step: int, *, objective: Objective
+) -> dict[str, Array]:
     """What the weights of a batch are made of, for the token map: `loss`, `entropy`, `weight` and what is read of a
     reference (`reference_loss`, `reference_entropy`), each `[B, S, H]`; with a critic, `value [B, S]`. The weights are those
     that an update after `step` would use, in the scopes of this batch; entries behind the mask mean nothing."""
-    statistics, shared = _statistics_and_states(model, batch, chunk_size=chunk_size)
-    known = reference_entries(reference, batch, settings=settings, chunk_size=chunk_size)
+    statistics, shared = _statistics_and_states(model, batch, chunk_size=objective.chunk_size)
+    known = reference_entries(reference, batch, objective)
     entries = {"loss": statistics.loss, "entropy": statistics.entropy, **known}
-    if critic:
-        entries["value"] = token_values(model, shared)
-    values = entries.get("value")
-    entries["weight"] = _batch_weights(settings, critic, step, seed, statistics, batch, known, values)
+    values = None
+    if objective.critic:
+        values = entries["value"] = token_values(model, shared)
+    entries["weight"] = batch_weights(objective, statistics, batch, known, values, step)
     return entries
 
 

@@ -29,6 +29,7 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from wmtp_jax.critic import value_loss, value_sums
 from wmtp_jax.data.pipeline import Batches, make_batch, validation_batches
 from wmtp_jax.evaluation.metrics import value_metrics
 from wmtp_jax.model import abstract_parameters, flatten, initial_parameters, merge, nest
@@ -36,7 +37,7 @@ from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.run.inputs import base_settings, open_base, start_of
 from wmtp_jax.run.unpacking import critic_settings, load_data, optimizer_settings, value_config
 from wmtp_jax.stored import rewards
-from wmtp_jax.train_step import shared_states, token_values, value_loss, value_sums
+from wmtp_jax.train_step import shared_states, token_values
 
 # Two-sided 95% of Student's t, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}

@@ -32,6 +32,7 @@ from wmtp_jax.pretrained import load_pretrained, open_pretrained
 from wmtp_jax.settings import Weighting
 from wmtp_jax.tokenizer.tokenizer import load_tokenizer
 from wmtp_jax.train_step import initial_state, train_step
+from wmtp_jax.update import Objective
 
 SOURCE = Path(__file__).parents[2] / "wmtp_jax"
 
@@ -191,7 +192,7 @@ def memorised(kind: str, *, pairs: int, layers: int, width: int) -> None:
     definition, parameters = initial_parameters(settings, 0)
     optimizer = optax.adamw(0.256 / width)
     state = initial_state(parameters, optimizer)
-    step = jax.jit(functools.partial(train_step, definition=definition, optimizer=optimizer, settings=Weighting()))
+    step = jax.jit(functools.partial(train_step, definition=definition, optimizer=optimizer, objective=Objective(Weighting())))
     batch = {name: jnp.asarray(value) for name, value in batch.items()}
     steps, loss = 0, np.inf
     while loss > 0.01 and steps < 300:

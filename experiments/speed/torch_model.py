@@ -25,6 +25,7 @@ from torch import nn
 
 from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.settings import ModelSettings, OptimizerSettings, Weighting, rotary_frequencies
+from wmtp_jax.update import Objective
 from wmtp_torch.model import initial_parameters, merge
 from wmtp_torch.optimizer import Optimizer
 from wmtp_torch.train_step import initial_state, train_step
@@ -120,7 +121,9 @@ def our_step(settings: ModelSettings, batch: Batch) -> Callable[[], float]:
 
     def step() -> float:
         nonlocal state
-        state, metrics = train_step(state, batch, model=model, optimizer=optimizer, settings=Weighting())
+        state, metrics = train_step(
+            state, batch, None, model=model, optimizer=optimizer, objective=Objective(Weighting())
+        )
         return metrics.loss.item()
 
     return step

@@ -20,6 +20,7 @@ from wmtp_jax.model import ModelSettings, initial_parameters, merge
 from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.settings import Critic, Weighting
 from wmtp_jax.train_step import Batch, TrainState, initial_state, train_step
+from wmtp_jax.update import Objective
 
 OURS, LEAN, NAIVE, EAGER, COMPILED = "ours", "ours, remat=layer", "JAX, full logits", "torch eager", "torch.compile"
 PEERS = (OURS, LEAN, NAIVE, EAGER, COMPILED)
@@ -102,9 +103,8 @@ def jax_update(shape: Shape, heads: int, kind: str = "linear", algorithm: str = 
     critic = Critic(score=score) if weighting.needs_values else None
     definition, parameters = initial_parameters(shape.settings(heads, kind), 0, value_head=critic is not None)
     optimizer = make_optimizer(OPTIMIZER, 1000)
-    step = functools.partial(
-        train_step, definition=definition, optimizer=optimizer, settings=weighting, critic=critic
-    )
+    objective = Objective(weighting, critic=critic)
+    step = functools.partial(train_step, definition=definition, optimizer=optimizer, objective=objective)
     return _compiled(lambda state, batch: step(state, batch, None), initial_state(parameters, optimizer), shape.batch(heads))
 
 

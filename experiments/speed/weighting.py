@@ -25,6 +25,7 @@ from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.model import ModelSettings, initial_parameters
 from wmtp_jax.settings import Critic, Weighting
 from wmtp_jax.train_step import TokenStatistics, initial_state, token_score, token_weights, train_step
+from wmtp_jax.update import Objective
 
 # Those whose figures are in README.md; `measure.py --parts algorithms` has all.
 ALGORITHMS = {name: weighting for name, weighting in ALL.items() if name not in ("baseline-mtp", "head-decay")}
@@ -59,9 +60,8 @@ def main() -> None:
 
     def compiled(weighting: Weighting, critic: Critic | None = None):
         definition, parameters = initial_parameters(settings, 0, value_head=critic is not None)
-        step = functools.partial(
-            train_step, definition=definition, optimizer=optimizer, settings=weighting, critic=critic
-        )
+        objective = Objective(weighting, critic=critic)
+        step = functools.partial(train_step, definition=definition, optimizer=optimizer, objective=objective)
         step = functools.partial(jax.jit(step), initial_state(parameters, optimizer), batch, None)
         jax.block_until_ready(step())
         return step

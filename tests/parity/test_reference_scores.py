@@ -17,6 +17,7 @@ import wmtp_jax.train_step as in_jax
 import wmtp_torch.train_step as in_torch
 from wmtp_jax.model import initial_parameters, nest
 from wmtp_jax.settings import Weighting
+from wmtp_jax.update import Objective
 
 BOTH = ("reference_loss", "reference_entropy")
 
@@ -102,7 +103,7 @@ def test_what_is_read_of_the_reference_is_of_the_distribution_that_predicts_the_
     """Literal loops over the reference's own logits, and the same from columns that were stored by token."""
     heads = H if alignment == "same_prefix" else 1
     batch, named = make_batch(0), start(7, num_heads=heads)
-    settings = Weighting("rho1-tokenskip", score="reference_both", alignment=alignment)
+    objective = Objective(Weighting("rho1-tokenskip", score="reference_both"), alignment)
     definition, _ = initial_parameters(dataclasses.replace(SETTINGS, num_heads=heads), 0)
     model = in_jax.merge(definition, nest(named))
     logits = model.logits(batch["tokens"], batch["segment_ids"], batch["positions"])
@@ -113,20 +114,20 @@ def test_what_is_read_of_the_reference_is_of_the_distribution_that_predicts_the_
         expected["reference_loss"][b, s, k] = -row[batch["tokens"][b, s + 1 + k]]
         expected["reference_entropy"][b, s, k] = -sum(np.exp(row[v]) * row[v] for v in range(V))
     found = [
-        in_jax.reference_entries(in_jax.Reference(definition, nest(named)), batch, settings=settings),
-        in_torch.reference_entries(torch_model(named, heads), torch_batch(batch), settings=settings),
+        in_jax.reference_entries(in_jax.Reference(definition, nest(named)), batch, objective),
+        in_torch.reference_entries(torch_model(named, heads), torch_batch(batch), objective),
     ]
     if alignment == "next_token":
         columns = {name: np.zeros((B, S), np.float32) for name in BOTH}
         for name in BOTH:
             columns[name][:, 1:] = expected[name][:, :-1, 0]
-        found.append(in_jax.reference_entries(None, batch | columns, settings=settings))
-        found.append(in_torch.reference_entries(None, torch_batch(batch | columns), settings=settings))
+        found.append(in_jax.reference_entries(None, batch | columns, objective))
+        found.append(in_torch.reference_entries(None, torch_batch(batch | columns), objective))
     for entries in found:
         assert entries.keys() == expected.keys()
         for name, values in expected.items():
             got = np.where(batch["mask"], np.asarray(entries[name]), 0)
             np.testing.assert_allclose(got, values, atol=2e-5, err_msg=name)
     # What the score does not read is not given.
-    settings = Weighting("rho1-tokenskip", alignment=alignment)
-    assert in_torch.reference_entries(torch_model(named, heads), torch_batch(batch), settings=settings).keys() == {BOTH[0]}
+    objective = Objective(Weighting("rho1-tokenskip"), alignment)
+    assert in_torch.reference_entries(torch_model(named, heads), torch_batch(batch), objective).keys() == {BOTH[0]}

@@ -26,6 +26,7 @@ from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.model import initial_parameters, nest
 from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting
+from wmtp_jax.update import Objective
 from wmtp_torch.model import merge
 from wmtp_torch.optimizer import Optimizer
 
@@ -43,7 +44,7 @@ ALGORITHMS = {
     "rho1-tokenskip": Weighting(algorithm="rho1-tokenskip"),
     "rho1-weighted": Weighting(algorithm="rho1-weighted"),
     "rho1-weighted, softmax": Weighting(algorithm="rho1-weighted", form="softmax_over_heads"),
-    "rho1-tokenskip, same prefix": Weighting(algorithm="rho1-tokenskip", alignment="same_prefix", scope="batch"),
+    "rho1-tokenskip, same prefix": Weighting(algorithm="rho1-tokenskip", scope="batch"),
     "rho1-tokenskip, by both": Weighting(algorithm="rho1-tokenskip", score="reference_both"),
     "critic-wmtp": Weighting(algorithm="critic-wmtp"),
     "critic-wmtp, advantage": Weighting(algorithm="critic-wmtp", signed=False),
@@ -109,48 +110,48 @@ def torch_batch(batch, device: str = "cpu"):
     return {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
 
 
-def reference_heads(settings: Weighting) -> int:
-    return H if settings.alignment == "same_prefix" else 1
+def objective_of(name: str, **changes) -> Objective:
+    alignment = "same_prefix" if name.endswith("same prefix") else "next_token"
+    return Objective(ALGORITHMS[name], alignment, CRITICS.get(name), **changes)
 
 
-def jax_curve(settings, critic, accumulation: int = 1, optimizer_settings: OptimizerSettings = OPTIMIZER):
-    definition, _ = initial_parameters(SETTINGS, 0, value_head=critic is not None)
+def reference_heads(objective: Objective) -> int:
+    return H if objective.alignment == "same_prefix" else 1
+
+
+def jax_curve(objective: Objective, optimizer_settings: OptimizerSettings = OPTIMIZER):
+    with_values = objective.critic is not None
+    definition, _ = initial_parameters(SETTINGS, 0, value_head=with_values)
     reference = None
-    if settings.needs_reference:
-        heads = reference_heads(settings)
+    if objective.weighting.needs_reference:
+        heads = reference_heads(objective)
         own, _ = initial_parameters(dataclasses.replace(SETTINGS, num_heads=heads), 0)
         reference = in_jax.Reference(own, nest(start(7, num_heads=heads)))
     optimizer = make_optimizer(optimizer_settings, STEPS)
     step = jax.jit(
-        functools.partial(
-            in_jax.train_step, definition=definition, optimizer=optimizer, settings=settings, critic=critic,
-            reference_definition=reference.definition if reference else None, accumulation=accumulation,
-        )
-    )  # fmt: skip
-    state = in_jax.initial_state(jax.tree.map(jnp.asarray, nest(start(0, critic is not None))), optimizer)
+        functools.partial(in_jax.train_step, definition=definition, optimizer=optimizer, objective=objective)
+    )
+    state = in_jax.initial_state(jax.tree.map(jnp.asarray, nest(start(0, with_values))), optimizer)
     lines = []
     for seed in range(STEPS):
-        state, metrics = step(state, make_batch(seed), reference.parameters if reference else None)
+        state, metrics = step(state, make_batch(seed), reference)
         lines.append([np.asarray(x) for x in metrics])
     return lines
 
 
-def torch_curve(
-    settings, critic, accumulation: int = 1, optimizer_settings: OptimizerSettings = OPTIMIZER, device: str = "cpu"
-):
-    model = torch_model(start(0, critic is not None), device=device)
+def torch_curve(objective: Objective, optimizer_settings: OptimizerSettings = OPTIMIZER, device: str = "cpu"):
+    model = torch_model(start(0, objective.critic is not None), device=device)
     parameters = dict(model.named_parameters())
     optimizer = Optimizer(optimizer_settings, STEPS, device=device)
     reference = None
-    if settings.needs_reference:
-        heads = reference_heads(settings)
+    if objective.weighting.needs_reference:
+        heads = reference_heads(objective)
         reference = torch_model(start(7, num_heads=heads), heads, device).requires_grad_(False)
     state, lines = in_torch.initial_state(parameters, optimizer), []
     for seed in range(STEPS):
-        state, metrics = in_torch.train_step(
-            state, torch_batch(make_batch(seed), device), model=model, optimizer=optimizer, settings=settings, critic=critic,
-            reference=reference, accumulation=accumulation,
-        )  # fmt: skip
+        batch = torch_batch(make_batch(seed), device)
+        options = {"model": model, "optimizer": optimizer, "objective": objective}
+        state, metrics = in_torch.train_step(state, batch, reference, **options)
         lines.append([x.cpu().numpy() for x in metrics])
     return lines
 
@@ -165,8 +166,8 @@ if torch.cuda.is_available():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_twenty_updates_of_every_algorithm(name, device):
-    settings, critic = ALGORITHMS[name], CRITICS.get(name)
-    one, other = jax_curve(settings, critic), torch_curve(settings, critic, device=device)
+    objective = objective_of(name)
+    one, other = jax_curve(objective), torch_curve(objective, device=device)
     tolerance = 1e-5 if device == "cpu" else 1e-4  # on an accelerator, the project's promise itself
     fields = in_jax.StepMetrics._fields
     assert fields == in_torch.StepMetrics._fields
@@ -184,18 +185,19 @@ def test_twenty_updates_of_every_algorithm(name, device):
 @pytest.mark.parametrize("name", ["baseline-mtp", "rho1-tokenskip", "critic-wmtp", "gradient"])
 def test_one_gradient(name):
     """Loss, weights and every parameter's gradient, before rounding has had 20 updates to grow."""
-    settings, critic = ALGORITHMS[name], CRITICS.get(name)
-    definition, _ = initial_parameters(SETTINGS, 0, value_head=critic is not None)
+    objective = objective_of(name)
+    with_values = objective.critic is not None
+    definition, _ = initial_parameters(SETTINGS, 0, value_head=with_values)
     own, _ = initial_parameters(dataclasses.replace(SETTINGS, num_heads=1), 0)
-    named, batch = start(0, critic is not None), make_batch(0)
+    named, batch = start(0, with_values), make_batch(0)
     reference = in_jax.Reference(own, nest(start(7, num_heads=1)))
     one = jax.jit(
         functools.partial(
-            in_jax.loss_and_gradients, definition=definition, settings=settings, critic=critic, reference=reference
+            in_jax.loss_and_gradients, reference=reference, definition=definition, objective=objective
         )
     )(nest(named), batch)
     other = in_torch.loss_and_gradients(
-        torch_model(named), torch_batch(batch), settings=settings, critic=critic, reference=torch_model(start(7, num_heads=1), 1)
+        torch_model(named), torch_batch(batch), torch_model(start(7, num_heads=1), 1), objective=objective
     )
     assert float(other.loss) == pytest.approx(float(one.loss), rel=2e-6)
     mask = batch["mask"]
@@ -234,8 +236,7 @@ def test_twenty_updates_of_the_value_stage():
 
 @pytest.mark.parametrize("name", ["baseline-mtp", "rho1-tokenskip", "rho1-tokenskip, by both", "critic-wmtp", "focal"])
 def test_accumulation_equals_the_large_batch_in_torch(name):
-    settings, critic = ALGORITHMS[name], CRITICS.get(name)
-    whole, parts = torch_curve(settings, critic), torch_curve(settings, critic, accumulation=2)
+    whole, parts = torch_curve(objective_of(name)), torch_curve(objective_of(name, accumulation=2))
     for one, other in zip(whole, parts, strict=True):
         assert float(other[0]) == pytest.approx(float(one[0]), rel=1e-4)
 
@@ -243,7 +244,7 @@ def test_accumulation_equals_the_large_batch_in_torch(name):
 def test_twenty_updates_with_muon():
     """Newton-Schulz, its momentum and AdamW with Nesterov's momentum for the rest."""
     muon = dataclasses.replace(OPTIMIZER, name="muon")
-    one, other = (curve(Weighting(), None, optimizer_settings=muon) for curve in (jax_curve, torch_curve))
+    one, other = (curve(Objective(Weighting()), optimizer_settings=muon) for curve in (jax_curve, torch_curve))
     deviation = max(abs(float(b[0]) / float(a[0]) - 1) for a, b in zip(one, other, strict=True))
     note("20 updates, muon: loss", deviation, 1e-5)
 
@@ -252,8 +253,8 @@ def test_a_non_finite_update_is_left_out_in_torch():
     model = torch_model(start(0))
     parameters = dict(model.named_parameters())
     optimizer = Optimizer(OPTIMIZER, STEPS)
-    step = functools.partial(in_torch.train_step, model=model, optimizer=optimizer, settings=Weighting())
-    state, _ = step(in_torch.initial_state(parameters, optimizer), torch_batch(make_batch(0)))
+    step = functools.partial(in_torch.train_step, model=model, optimizer=optimizer, objective=Objective(Weighting()))
+    state, _ = step(in_torch.initial_state(parameters, optimizer), torch_batch(make_batch(0)), None)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     moments = {name: m.clone() for name, m in state.optimizer_state.first.items()}
     with torch.no_grad():
@@ -261,7 +262,7 @@ def test_a_non_finite_update_is_left_out_in_torch():
         parameters["embedding"][0, 0] = float("nan")
     batch = torch_batch(make_batch(1))
     batch["tokens"][0, 0] = 0
-    state, metrics = step(state, batch)
+    state, metrics = step(state, batch, None)
     assert not bool(metrics.finite) and (state.step, int(state.skipped)) == (2, 1)
     with torch.no_grad():
         parameters["embedding"][0, 0] = kept
@@ -269,5 +270,5 @@ def test_a_non_finite_update_is_left_out_in_torch():
         assert torch.equal(parameters[name].detach(), before[name]) and torch.equal(
             state.optimizer_state.first[name], moments[name]
         )
-    state, metrics = step(state, torch_batch(make_batch(1)))
+    state, metrics = step(state, torch_batch(make_batch(1)), None)
     assert bool(metrics.finite) and int(state.optimizer_state.count) == 2

@@ -19,7 +19,7 @@ from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.parallel import sharding
 from wmtp_jax.pretrained import open_pretrained
 from wmtp_jax.run.inputs import is_published
-from wmtp_jax.run.unpacking import critic_settings, model_settings, optimizer_settings, trainable, weighting_settings
+from wmtp_jax.run.unpacking import model_settings, objective, optimizer_settings
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.train_step import Reference, TrainState, initial_state, train_step
 
@@ -30,7 +30,7 @@ class AbstractUpdate(NamedTuple):
     lowered: jax.stages.Lowered
     state: TrainState
     batch: dict[str, Any]
-    reference: Parameters | None
+    reference: Reference | None
     trained: Parameters
 
 
@@ -51,35 +51,26 @@ def lower_update(
       reference: structure and shapes of the model whose losses the step computes; None: it computes none.
       stored_losses: the batch brings the reference's losses.
     """
-    weighting, critic = weighting_settings(config), critic_settings(config)
-    definition, parameters = abstract_parameters(settings, value_head=critic is not None)
+    minimised = objective(config)
+    with_values = minimised.critic is not None
+    definition, parameters = abstract_parameters(settings, value_head=with_values)
     optimizer = make_optimizer(optimizer_settings(config), steps)
-    state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, trainable(config)), parameters)
-    batch = _batch(config, settings.num_heads, critic is not None, stored_losses)
-    given = reference.parameters if reference else None
+    state = jax.eval_shape(lambda parameters: initial_state(parameters, optimizer, minimised.trainable), parameters)
+    columns = minimised.weighting.reference_columns if stored_losses else ()
+    batch = _batch(config, settings.num_heads, rewards=with_values, columns=columns)
     out = None
     if mesh is not None:
         out = (sharding.tree_shardings(mesh, state), sharding.replicated(mesh))
-        state, given = (_lying(tree, sharding.tree_shardings(mesh, tree)) for tree in (state, given))
+        state, reference = (_lying(tree, sharding.tree_shardings(mesh, tree)) for tree in (state, reference))
         batch = _lying(batch, sharding.batch_shardings(mesh, batch))
-    update = functools.partial(
-        train_step,
-        definition=definition,
-        optimizer=optimizer,
-        settings=weighting,
-        critic=critic,
-        reference_definition=reference.definition if reference else None,
-        accumulation=config.train.accumulation,
-        chunk_size=config.train.loss_chunk or None,
-        trainable=trainable(config),
-    )
+    update = functools.partial(train_step, definition=definition, optimizer=optimizer, objective=minimised)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        lowered = jax.jit(update, donate_argnums=0, out_shardings=out).lower(state, batch, given)
+        lowered = jax.jit(update, donate_argnums=0, out_shardings=out).lower(state, batch, reference)
     # A part of a parameter may be what is trained, so shapes have to be cut.
-    trained = jax.eval_shape(lambda parameters: separate(parameters, trainable(config))[0], parameters)
+    trained = jax.eval_shape(lambda parameters: separate(parameters, minimised.trainable)[0], parameters)
     if mesh is not None:
         trained = _lying(trained, sharding.tree_shardings(mesh, trained))
-    return AbstractUpdate(lowered, state, batch, given, trained)
+    return AbstractUpdate(lowered, state, batch, reference, trained)
 
 
 def abstract_reference(config: ConfigDict, vocabulary_size: int) -> Reference:
@@ -93,14 +84,15 @@ def abstract_reference(config: ConfigDict, vocabulary_size: int) -> Reference:
     return Reference(*abstract_parameters(settings))
 
 
-def _batch(config: ConfigDict, heads: int, rewards: bool, stored_losses: bool) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(
+    config: ConfigDict, heads: int, *, rewards: bool, columns: tuple[str, ...]
+) -> dict[str, jax.ShapeDtypeStruct]:
     shape = (config.train.batch_size, config.data.sequence_length)
     shapes: dict[str, tuple[tuple[int, ...], type]] = {name: (shape, np.int32) for name in ("tokens", "segment_ids", "positions")}
     shapes |= {"targets": ((*shape, heads), np.int32), "mask": ((*shape, heads), np.bool_)}
     if rewards:
         shapes |= {"rewards": (shape, np.float32), "rewarded": (shape, np.bool_)}
-    if stored_losses:
-        shapes |= {name: (shape, np.float32) for name in weighting_settings(config).reference_columns}
+    shapes |= {name: (shape, np.float32) for name in columns}
     return {name: jax.ShapeDtypeStruct(*description) for name, description in shapes.items()}
 
 

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from wmtp_jax.checkpoint.orbax import Checkpoints, load_model
 from wmtp_jax.cli import StopSignals
 from wmtp_jax.config import uses_reference
+from wmtp_jax.critic import value_sums
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.evaluation.likelihood import batch_sums
 from wmtp_jax.inference.generate import generate
@@ -41,10 +42,9 @@ from wmtp_jax.run.stage import Stage
 from wmtp_jax.run.unpacking import (
     critic_settings,
     model_settings,
+    objective,
     optimizer_settings,
     total_steps,
-    trainable,
-    weighting_settings,
 )
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.train_step import (
@@ -58,7 +58,6 @@ from wmtp_jax.train_step import (
     token_values,
     train_step,
     value_step,
-    value_sums,
 )
 from wmtp_jax.trainable import ALL, Trainable
 
@@ -150,11 +149,10 @@ def _token_statistics_on(device: Placement, definition: nnx.GraphDef) -> Callabl
 def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
     """Trains a model and its heads; with a critic, its value head beside them."""
     config, settings = stage.config, stage.model
-    weighting, critic = weighting_settings(config), critic_settings(config)
-    steps, seed, chunk_size = total_steps(config, stage.corpus), config.train.seed, config.train.loss_chunk or None
+    minimised = objective(config)
+    critic, steps, seed = minimised.critic, total_steps(config, stage.corpus), config.train.seed
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
-    trained = trainable(config)
     if stage.trunk is None:
         definition, parameters = initial_parameters(
             settings, seed, value_head=critic is not None, shardings=device.shardings
@@ -163,19 +161,17 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
         definition, abstract = abstract_parameters(settings, value_head=critic is not None)
         parameters = _placed(stage, abstract, device)
     optimizer = make_optimizer(optimizer_settings(config), steps)
-    state = _first_state(device, parameters, optimizer, trained)
+    state = _first_state(device, parameters, optimizer, minimised.trainable)
     del parameters
-    reference = stage.reference or Reference(None, None)
+    reference = stage.reference
 
     # ---- compiled functions ------------------------------------------------------------------------------------------
-    weights = {"settings": weighting, "critic": critic, "reference_definition": reference.definition, "seed": seed}
-    shared = {"definition": definition, "chunk_size": chunk_size}
-    step = functools.partial(
-        train_step, optimizer=optimizer, accumulation=config.train.accumulation, trainable=trained, **weights, **shared
+    model = {"definition": definition, "objective": minimised}
+    update = _jit_update(device, functools.partial(train_step, optimizer=optimizer, **model), state)
+    inspect = device.jit(functools.partial(inspect_tokens, **model), out=device.whole)
+    sums = device.jit(
+        functools.partial(batch_sums, definition=definition, chunk_size=minimised.chunk_size), out=device.whole
     )
-    update = _jit_update(device, step, state)
-    inspect = device.jit(functools.partial(inspect_tokens, **weights, **shared), out=device.whole)
-    sums = device.jit(functools.partial(batch_sums, **shared), out=device.whole)
     of_values = device.jit(
         functools.partial(_value_sums, definition=definition, discount=config.critic.discount), out=device.whole
     )
@@ -190,7 +186,7 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
     def inspect_state(state: TrainState) -> dict[str, Any]:
         assert token_batch is not None
         batch, rows = device.padded(token_batch)
-        found = inspect(state.parameters, batch, reference.parameters, state.step)
+        found = inspect(state.parameters, batch, reference, state.step)
         return {**token_batch, **{name: values[:rows] for name, values in found.items()}}
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
@@ -201,7 +197,7 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
         rate=make_schedule(optimizer_settings(config), steps),
         checkpoints=functools.partial(Checkpoints, processes=stage.processes),
         state=state,
-        update=lambda state, batch: update(state, device.batch(batch), reference.parameters),
+        update=lambda state, batch: update(state, device.batch(batch), reference),
         explain=functools.partial(_explain, device),
         evaluate=evaluate_state,
         inspect=inspect_state if token_batch is not None else None,

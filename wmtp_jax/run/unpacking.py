@@ -14,6 +14,7 @@ from wmtp_jax.parallel.processes import Processes
 from wmtp_jax.run.inputs import tokenizer_of
 from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting
 from wmtp_jax.trainable import Trainable
+from wmtp_jax.update import Objective
 
 
 def load_data(config: ConfigDict) -> Corpus:
@@ -74,8 +75,21 @@ def trainable(config: ConfigDict) -> Trainable:
 
 
 def weighting_settings(config: ConfigDict) -> Weighting:
-    """The section `weighting`, frozen, with the reference's alignment."""
-    return Weighting(**config.weighting, alignment=config.reference.alignment)
+    """The section `weighting`, frozen."""
+    return Weighting(**config.weighting)
+
+
+def objective(config: ConfigDict) -> Objective:
+    """What the updates of a model minimise."""
+    return Objective(
+        weighting=weighting_settings(config),
+        alignment=config.reference.alignment,
+        critic=critic_settings(config),
+        trainable=trainable(config),
+        seed=config.train.seed,
+        accumulation=config.train.accumulation,
+        chunk_size=config.train.loss_chunk or None,
+    )
 
 
 def critic_settings(config: ConfigDict) -> Critic | None:

@@ -1,11 +1,38 @@
-"""What an update returns, the same in both backends, and the metrics that become of it."""
+"""What an update is given and what it returns, the same in both backends, and the metrics that become of it."""
 
 from __future__ import annotations
 
-from types import ModuleType
+import dataclasses
 from typing import Any, NamedTuple
 
+from wmtp_jax.backends import namespace_of, weighting_of
+from wmtp_jax.settings import Critic, Weighting
+from wmtp_jax.trainable import ALL, Trainable
+
 Array = Any  # of either backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What an update minimises, and in which parameters.
+
+    Attributes:
+      weighting: which weights the terms of the loss get.
+      alignment: of a reference to the heads, `next_token` or `same_prefix`; see `train_step.reference_entries`.
+      critic: how the model's value head learns beside the heads, and what its values say; None: there is none.
+      trainable: what the gradient is in; of the rest none is made.
+      seed: of the random permutation of weights (`weighting.permute`).
+      accumulation: parts that the rows of a batch go through in.
+      chunk_size: tokens whose logits are held at once; None leaves it to the loss.
+    """
+
+    weighting: Weighting
+    alignment: str = "next_token"
+    critic: Critic | None = None
+    trainable: Trainable = ALL
+    seed: int = 0
+    accumulation: int = 1
+    chunk_size: int | None = None
 
 
 class WeightedLoss(NamedTuple):
@@ -44,22 +71,21 @@ class StepMetrics(NamedTuple):
         return {**named, **heads, "train/learning_rate": learning_rate}
 
 
-def masked_head_means(arrays: ModuleType, loss: Array, mask: Array) -> Array:
+def masked_head_means(loss: Array, mask: Array) -> Array:
     """Unweighted mean of `loss [..., S, H]` over the valid entries of every head, `[H]`; 0 for a head without any."""
-    axes = tuple(range(mask.ndim - 1))
+    arrays, axes = namespace_of(loss), tuple(range(mask.ndim - 1))
     return arrays.where(mask, loss, 0.0).sum(axes) / arrays.clip(mask.sum(axes), 1, None)
 
 
-def step_metrics(
-    arrays: ModuleType, library: ModuleType, done: WeightedLoss, mask: Array, *, grad_norm: Array, finite: Array
-) -> StepMetrics:
-    """What an update is judged by. `arrays` is `jax.numpy` or `torch`, `library` the `weighting` module of that backend."""
+def step_metrics(done: WeightedLoss, mask: Array, *, grad_norm: Array, finite: Array) -> StepMetrics:
+    """What an update is judged by."""
+    weighting = weighting_of(mask)
     return StepMetrics(
         loss=done.loss,
-        ce_head=masked_head_means(arrays, done.losses, mask),
+        ce_head=masked_head_means(done.losses, mask),
         value_loss=done.value_loss,
-        weight_entropy=library.weight_entropy(done.weights, mask),
-        effective_sample_fraction=library.effective_sample_fraction(done.weights, mask),
+        weight_entropy=weighting.weight_entropy(done.weights, mask),
+        effective_sample_fraction=weighting.effective_sample_fraction(done.weights, mask),
         grad_norm=grad_norm,
         finite=finite,
     )
