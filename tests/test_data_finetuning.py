@@ -12,8 +12,10 @@ from wmtp_jax.data import packing
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.corpus import load_corpus
 from wmtp_jax.data.documents import document_of, parse_line
+from wmtp_jax.data.packer import encode_documents
 from wmtp_jax.data.pipeline import Batches, validation_batches
 from wmtp_jax.errors import UserError
+from wmtp_jax.evaluation.windows import make_windows
 from wmtp_jax.tokenizer.tokenizer import Part, Tokenizer, load_tokenizer, train_bpe
 
 SETTINGS = dict(sequence_length=48, vocabulary_size=300, validation_fraction=0.2)
@@ -36,12 +38,12 @@ def write_jsonl(path, entries):
     return f"jsonl:{path}"
 
 
-def chat_files(template=TEMPLATE):
+def chat_files(template=TEMPLATE, end_of_text="<|endoftext|>"):
     spec = json.loads(train_bpe([str(TALK)] * 3, vocabulary_size=300)._files["tokenizer.json"])
     size = len(spec["model"]["vocab"])
     for number, name in enumerate(("<|im_start|>", "<|im_end|>")):
         spec["added_tokens"].append(spec["added_tokens"][0] | {"id": size + number, "content": name})
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end_of_text}
     if template:
         config["chat_template"] = template
     return {"tokenizer.json": json.dumps(spec).encode(), "tokenizer_config.json": json.dumps(config).encode()}
@@ -308,7 +310,7 @@ def read(line, chat=None, **fields):
         ({"messages": "hello"}, "`messages` must be a list of objects"),
         ({"messages": [{"role": "user"}]}, "message 1 of `messages` must be an object with the strings"),
         ({"messages": TALK[:2]}, "has the role 'assistant': there is nothing to learn"),
-        ({"messages": [TALK[1], TALK[2] | {"content": " "}]}, "message 2 of `messages` is an empty reply"),
+        ({"messages": [TALK[1], TALK[2] | {"content": " "}]}, "every reply of `messages` is empty: there is nothing to learn"),
         ({"messages": TALK}, "`messages` need a chat template; name a tokenizer that has one in config.data.tokenizer"),
     ],
 )
@@ -390,7 +392,35 @@ def test_a_template_that_ends_the_text_itself(tmp_path):
     for tokens, allowed, _ in segments(corpus, "train"):
         text = corpus.tokenizer.decode(tokens)
         assert text.count("<|endoftext|>") == 1 and text.endswith("<|endoftext|>")
-        assert corpus.tokenizer.decode(tokens[allowed]).startswith("[assistant]reply ")
+        assert corpus.tokenizer.decode(tokens[allowed]) == text.partition("[assistant]")[2]
+
+
+@pytest.mark.parametrize("after_the_reply", ["", "thanks"])
+def test_an_end_token_before_white_space_is_the_only_one(tmp_path, after_the_reply):
+    directory = tmp_path / "chatml"
+    Tokenizer(chat_files(TEMPLATE, end_of_text="<|im_end|>"), "test").save(directory)
+    user = [{"role": "user", "content": after_the_reply}] if after_the_reply else []
+    entries = [{"messages": [TALK[1], TALK[2] | {"content": f"reply {n}"}, *user], "problem": f"p{n}"} for n in range(40)]
+    name = write_jsonl(tmp_path / "d.jsonl", entries)
+    corpus = load_corpus([name], **SETTINGS | {"tokenizer": str(directory), "cache_dir": str(tmp_path / "c")})
+    decode = corpus.tokenizer.decode
+    for tokens, allowed, _ in segments(corpus, "train"):
+        assert decode(tokens).endswith("<|im_end|>\n") and decode(tokens).count("<|im_end|>") == 2 + len(user)
+        assert decode(tokens[allowed]).startswith("reply ") and decode(tokens[allowed]).endswith("<|im_end|>\n")
+        assert decode(tokens[allowed]).count("<|im_end|>") == 1
+    # Evaluation reads the same tokens.
+    document = read({"messages": entries[0]["messages"]}, Chat(corpus.tokenizer))
+    windows = make_windows([(b"", document)], corpus.tokenizer, length=48, limit=None, source="test")
+    [(ids, allowed)] = encode_documents(corpus.tokenizer, [document])
+    np.testing.assert_array_equal(windows.tokens[0, : len(ids)], ids)
+    np.testing.assert_array_equal(windows.loss_mask[0], np.pad(allowed, (0, 48 - len(ids))))
+
+
+def test_conversations_that_the_assistant_opens_have_no_prompt_in_common(chat):
+    replies = [read({"messages": [TALK[2] | {"content": f"reply {n}"}, TALK[1]]}, chat) for n in range(2)]
+    assert [document.identity for document in replies] == ["", ""]
+    asked = [read({"messages": [TALK[1], TALK[2] | {"content": f"reply {n}"}]}, chat) for n in range(2)]
+    assert asked[0].identity == asked[1].identity != ""
 
 
 @pytest.mark.parametrize(
@@ -398,7 +428,6 @@ def test_a_template_that_ends_the_text_itself(tmp_path):
     [
         ("", "`messages` need a chat template"),
         ("{{ raise_exception('roles must\nalternate') }}", "chat template refuses these `messages`: roles must alternate"),
-        ("{{ messages | length }} turns{% for m in messages %}{{ m.content }}{% endfor %}", "writes earlier messages in another"),
         ("{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}", "writes nothing for the assistant's"),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,32 +25,79 @@ class Chat:
     def parts(self, messages: object, where: str) -> tuple[Part, ...]:
         """The pieces of a rendered conversation.
 
-        Targets are what the assistant has to write: its turns, without the header that a template puts where a reply is
-        asked for, with the tokens that end them.
+        Targets are the assistant's replies, each with what the template ends it with. What a template writes before a
+        reply (a system prompt of its own, the header of the turn) is none.
 
         Args:
           messages: a list of `{"role": ..., "content": ...}`.
           where: "FILE:LINE", for messages to the user.
 
         Raises:
-          UserError: no conversation, no reply in it, or no template that can render it piece by piece.
+          UserError: no conversation, no reply in it, or no template that renders it.
         """
         messages = _checked(messages, where)
         replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not replies:
             raise UserError(f"{where}: no message of `messages` has the role 'assistant': there is nothing to learn")
-        hidden, spelled = self._without_special_tokens(messages)
+        if not any(str(messages[number]["content"]).strip() for number in replies):
+            raise UserError(f"{where}: every reply of `messages` is empty: there is nothing to learn")
+        hidden, spelled, mark = self._without_special_tokens(messages)
+        text = self._render(hidden, where)
         pieces: list[tuple[str, bool]] = []
-        text = ""
+        done = 0
         for number in replies:
-            for count, target in ((number, False), (number + 1, True)):
-                longer = self._render(hidden[:count], where, reply_wanted=not target)
-                text = _extend(pieces, text, longer, target, where)
-        if replies[-1] + 1 < len(hidden):
-            _extend(pieces, text, self._render(hidden, where, reply_wanted=False), False, where)
-        if not any(target for _, target in pieces):
+            start, end = self._span(hidden, number, text, mark, where)
+            start, end = max(start, done), max(end, done)
+            start -= self._space_before(hidden[:number], text[done:start], text[:start], where)
+            pieces += [(text[done:start], False), (text[start:end], True)]
+            done = end
+        pieces.append((text[done:], False))
+        if not any(target and piece for piece, target in pieces):
             raise UserError(f"{where}: the tokenizer's chat template writes nothing for the assistant's messages")
         return tuple(_revealed(pieces, spelled))
+
+    def _span(self, messages: list[Message], number: int, text: str, mark: str, where: str) -> tuple[int, int]:
+        """Where a reply and its end stand in the rendered conversation; start = end where the template leaves it out.
+
+        Few templates mark their replies. But a conversation that has a mark in the place of one reply is rendered alike
+        before and after it.
+        """
+        marked = [*messages[:number], messages[number] | {"content": mark}]
+        before, found, after = self._render(marked + messages[number + 1 :], where).partition(mark)
+        if not found:
+            return 0, 0
+        start = _common_prefix(text, before)
+        end = len(text) - _common_prefix(text[start:][::-1], after[::-1])
+        # What ends a reply is written whether or not a message follows; the header of the next message is not.
+        closing = after if len(marked) == len(messages) else self._render(marked, where).partition(mark)[2]
+        end += self._common_end(text[end:], closing)
+        return start, end
+
+    def _space_before(self, messages: list[Message], gap: str, text: str, where: str) -> int:
+        """How many characters before a reply are white space that the model has to write itself, as in "[/INST] reply".
+
+        Args:
+          messages: those before the reply.
+          gap: what is rendered since the reply before it, or since the text's start.
+          text: all that is rendered before it.
+        """
+        if not gap.strip():
+            return len(gap)
+        if messages and gap[-1].isspace():
+            asked = self._render(messages, where, reply_wanted=True)
+            if text.startswith(asked) and not text[len(asked) :].strip():
+                return len(text) - len(asked)
+        return 0
+
+    def _common_end(self, left: str, right: str) -> int:
+        """How many characters two texts begin with alike, without a part of a special token."""
+        size = _common_prefix(left, right)
+        for name in self._tokenizer.special_tokens if self._tokenizer else ():
+            for text in (left, right):
+                start = text.rfind(name, 0, size + len(name) - 1)
+                if 0 <= start < size < start + len(name):
+                    size = start
+        return size
 
     @functools.cached_property
     def _apply(self) -> Callable[..., str] | None:
@@ -62,9 +110,7 @@ class Chat:
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         return functools.partial(tokenizer.apply_chat_template, tokenize=False) if tokenizer.chat_template else None  # pyrefly: ignore[missing-attribute]
 
-    def _render(self, messages: list[Message], where: str, *, reply_wanted: bool) -> str:
-        if not messages:
-            return ""
+    def _render(self, messages: list[Message], where: str, *, reply_wanted: bool = False) -> str:
         if self._apply is None:
             raise UserError(
                 f"{where}: `messages` need a chat template; name a tokenizer that has one in config.data.tokenizer "
@@ -78,19 +124,22 @@ class Chat:
             reason = " ".join(str(error).split())
             raise UserError(f"{where}: the tokenizer's chat template refuses these `messages`: {reason}") from error
 
-    def _without_special_tokens(self, messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
-        """The messages with a private character for every special token that they spell, and what each stands for."""
+    def _without_special_tokens(self, messages: list[Message]) -> tuple[list[Message], dict[str, str], str]:
+        """The messages with a private character for every special token that they spell, what each stands for, and one
+        that stands nowhere."""
         names = self._tokenizer.special_tokens if self._tokenizer else ()
         contents = "".join(str(message["content"]) for message in messages)
-        found = sorted((name for name in names if name in contents), key=len, reverse=True)
-        if not found:
-            return messages, {}
-        free = (chr(code) for code in itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)))
-        stands_for = dict(zip((c for c in free if c not in contents), found, strict=False))
+        spelled = sorted((name for name in names if name in contents), key=len, reverse=True)
+        private = (chr(code) for code in itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)))
+        free = (character for character in private if character not in contents)
+        mark = next(free)
+        if not spelled:
+            return messages, {}, mark
+        stands_for = dict(zip(free, spelled, strict=False))
         character = {name: c for c, name in stands_for.items()}
-        pattern = re.compile("|".join(map(re.escape, found)))
+        pattern = re.compile("|".join(map(re.escape, spelled)))
         hidden = [m | {"content": pattern.sub(lambda match: character[match[0]], str(m["content"]))} for m in messages]
-        return hidden, stands_for
+        return hidden, stands_for, mark
 
 
 def _checked(messages: object, where: str) -> list[Message]:
@@ -102,8 +151,6 @@ def _checked(messages: object, where: str) -> list[Message]:
             raise UserError(
                 f"{where}: message {number} of `messages` must be an object with the strings `role` and `content`"
             )
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise UserError(f"{where}: message {number} of `messages` is an empty reply")
         try:
             message["content"].encode()
         except UnicodeEncodeError as error:
@@ -113,15 +160,9 @@ def _checked(messages: object, where: str) -> list[Message]:
     return messages
 
 
-def _extend(pieces: list[tuple[str, bool]], text: str, longer: str, target: bool, where: str) -> str:
-    if not longer.startswith(text):
-        raise UserError(
-            f"{where}: the tokenizer's chat template writes earlier messages in another way once more follow, so that the "
-            "assistant's part can't be told apart; give single turns, or `prompt` and `completion`"
-        )
-    if len(longer) > len(text):
-        pieces.append((longer[len(text) :], target))
-    return longer
+def _common_prefix(left: str, right: str) -> int:
+    """How many characters two texts begin with alike."""
+    return len(right) if left.startswith(right) else len(os.path.commonprefix([left, right]))
 
 
 def _revealed(pieces: list[tuple[str, bool]], spelled: dict[str, str]) -> Iterator[Part]:

@@ -104,7 +104,9 @@ def document_of(entry: dict, where: str, *, label_field: str, chat: Chat) -> Doc
     if "messages" in entry:
         parts = chat.parts(entry["messages"], where)
         before = "".join(part.text for part in parts[: [part.target for part in parts].index(True)])
-        return Document(identity or _prompt_identity(before), "".join(part.text for part in parts), parts, label)
+        # What a template writes before the first message is the same for all conversations, and no prompt.
+        asked = before if entry["messages"][0]["role"] != "assistant" else ""
+        return Document(identity or _prompt_identity(asked), "".join(part.text for part in parts), parts, label)
     prompt, completion = string_field(entry, "prompt", where), string_field(entry, "completion", where)
     if not completion.strip():
         raise UserError(f"{where}: the field `completion` is empty: a prompt alone teaches nothing")

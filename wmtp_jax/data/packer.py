@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +29,9 @@ class SourcePacker:
 
     def add(self, batch: list[tuple[str, bool, Document]]) -> None:
         """Takes documents, each with its side and whether it is of the same problem as the one before it."""
-        documents = [document for _, _, document in batch]
-        encoded = self._tokenizer.encode_parts(
-            [document.parts or (Part(document.text, True),) for document in documents]
-        )
+        encoded = encode_documents(self._tokenizer, [document for _, _, document in batch])
         packable: dict[str, list[packing.Packable]] = {side: [] for side in SPLITS}
         for (side, joined, document), (ids, allowed) in zip(batch, encoded, strict=True):
-            # A chat template may have ended the text itself.
-            if not document.parts or not len(ids) or ids[-1] != self._tokenizer.end_of_text_id:
-                ids = np.append(ids, self._tokenizer.end_of_text_id)
-                allowed = np.append(allowed, document.parts[-1].target if document.parts else True)
             joined &= self._linked
             if self._whole and len(ids) > self._sequence_length:
                 self.too_long.append(len(ids))
@@ -72,6 +65,24 @@ class SourcePacker:
             counts[side] = {"documents": store.documents, "tokens": store.tokens, "bytes": size, "rows": rows}
             store.close()
         return counts
+
+
+def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids int32 `[n]` of documents, each with its end-of-text token, and whether each may be a target, bool `[n]`."""
+    encoded = tokenizer.encode_parts([document.parts or (Part(document.text, True),) for document in documents])
+    ended = []
+    for document, (ids, allowed) in zip(documents, encoded, strict=True):
+        if not document.parts or not _ends_itself(ids, tokenizer):
+            ids = np.append(ids, tokenizer.end_of_text_id)
+            allowed = np.append(allowed, document.parts[-1].target if document.parts else True)
+        ended.append((ids, allowed))
+    return ended
+
+
+def _ends_itself(ids: np.ndarray, tokenizer: Tokenizer) -> bool:
+    """Whether a chat template has ended the text, by an end-of-text token that only white space follows."""
+    ends = np.flatnonzero(ids == tokenizer.end_of_text_id)
+    return bool(ends.size) and not b"".join(tokenizer.pieces[token] for token in ids[ends[-1] + 1 :]).strip()
 
 
 def too_long_message(what: str, sequence_length: int, sizes: list[int]) -> str:

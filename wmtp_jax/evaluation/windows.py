@@ -12,11 +12,12 @@ import numpy as np
 
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.documents import Document, digest_of
+from wmtp_jax.data.packer import encode_documents
 from wmtp_jax.data.scan import DROPPED, is_validation, read_documents
 from wmtp_jax.data.sources import open_source
 from wmtp_jax.errors import UserError
-from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
-from wmtp_jax.tokenizer.tokenizer import Part, Tokenizer
+from wmtp_jax.evaluation.token_kinds import byte_kinds, token_kinds
+from wmtp_jax.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,9 @@ def make_windows(
     rows, digest = [], hashlib.sha256()
     for one, document in chosen:
         digest.update(one)
-        parts = document.parts or (Part(document.text, True),)
-        ((tokens, targets),) = tokenizer.encode_parts([parts])
+        [(tokens, targets)] = encode_documents(tokenizer, [document])
         kinds = token_kinds([tokenizer.pieces[token] for token in tokens], byte_kinds(document.text))
         columns = np.stack([tokens, np.ones_like(tokens), kinds, targets]).astype(np.int32)
-        columns = np.concatenate([columns, [[tokenizer.end_of_text_id], [1], [KINDS.index("other")], [1]]], axis=1)
         rows += [columns[:, start : start + length] for start in range(0, columns.shape[1], length)]
     if not rows:
         raise UserError(f"{source}: no document to evaluate on; name others with --data")
