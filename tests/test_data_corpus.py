@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wmtp_jax.data import packing
+from wmtp_jax.data import packing, scan
 from wmtp_jax.data.corpus import load_corpus
 from wmtp_jax.data.order import permute
+from wmtp_jax.data.pipeline import Batches
 from wmtp_jax.errors import UserError
 from wmtp_jax.storage import cache
 
@@ -69,7 +70,7 @@ def test_every_document_comes_back_from_the_rows_on_one_side(tmp_path):
     assert sorted(train + validation) == sorted(texts) and 5 < len(validation) < 40
     assert train != [t for t in texts if t in set(train)], "documents should be shuffled"
     [source] = corpus.sources
-    assert source.dropped == {"duplicate": 7, "empty": 0, "undecodable": 0, "too_long": 0}
+    assert source.dropped == {"duplicate": 7, "contradictory": 0, "empty": 0, "undecodable": 0, "too_long": 0}
     for side, documents in (("train", train), ("validation", validation)):
         counts = source.counts[side]
         assert counts["documents"] == len(documents) and counts["bytes"] == sum(len(d.encode()) for d in documents)
@@ -217,8 +218,43 @@ def test_a_text_in_two_sources_is_on_one_side_only(tmp_path):
         tmp_path / "d.jsonl", [p.read_text() for p in sorted((tmp_path / "files").iterdir())] + list("abcdefgh")
     )
     corpus = load_corpus([first, copies], cache_dir=str(tmp_path / "c"), weights=(3, 1), **SETTINGS)
-    assert corpus.sources[1].dropped["duplicate"] == 40 and corpus.weights == (3, 1)
+    assert sum(source.dropped["duplicate"] for source in corpus.sources) == 40 and corpus.weights == (3, 1)
     assert not set(documents_of(corpus, "train")) & set(documents_of(corpus, "validation"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "corpus_hash"),
+    [
+        ("plain", "390fd502217756e6fc26f2ea67f6a309"),
+        ("asked", "8b3be8f7c207021a6acd81d38190e882"),
+        ("both", None),  # packed otherwise since
+    ],
+)
+def test_corpora_that_are_packed_as_ever_keep_their_hash(tmp_path, kind, corpus_hash):
+    """The hashes are those of version 003b5d8: runs and stored losses of then go on."""
+    plain = [{"text": f"line {n} of the lines\n" * (n % 9 + 1)} for n in range(100)]
+    asked = [
+        {"prompt": f"problem {n // 2}:\n", "completion": f"answer {n}\n" * (n % 4 + 1), "passed": n % 2 == 0}
+        for n in range(100)
+    ]
+    entries = {"plain": plain, "asked": asked, "both": plain + asked}[kind]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    settings = SETTINGS | {"sequence_length": 48, "cache_dir": str(tmp_path / "c")}
+    found = load_corpus([f"jsonl:{tmp_path}/d.jsonl"], **settings).hash
+    assert found == corpus_hash or (corpus_hash is None and found != "e830cafafa7fc1b2114cfc47fd6b343c")
+
+
+def test_a_source_of_copies_adds_nothing_and_can_have_no_share(tmp_path):
+    texts = [f"line {n} of the lines\n" * (n % 9 + 1) for n in range(100)]
+    first, second = write_jsonl(tmp_path / "a.jsonl", texts), write_jsonl(tmp_path / "b.jsonl", texts[:60])
+    arguments = SETTINGS | {"cache_dir": str(tmp_path / "c")}
+    alone, both = load_corpus([first], **arguments), load_corpus([first, second], **arguments)
+    assert both.sources[1].dropped["duplicate"] == 60 and len(both.sources[1].train) == len(both.sources[1].validation) == 0
+    with Batches(alone, batch_size=4, num_heads=2, seed=0) as some, Batches(both, batch_size=4, num_heads=2, seed=0) as same:
+        for _ in range(9):
+            np.testing.assert_array_equal(next(some)["tokens"], next(same)["tokens"])
+    with pytest.raises(UserError, match=r"source_weights = \(1.0, 1.0\): .*b.jsonl has no text for training that is not in"):
+        load_corpus([first, second], weights=(1.0, 1.0), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -280,14 +316,14 @@ def largest_file(root):
 
 @pytest.mark.parametrize("room", ["nothing", "the scan", "the tokenizer", "almost all"])
 def test_no_room_leaves_nothing_half_written(tmp_path, room):
-    name, root = write_files(tmp_path / "files", count=100), tmp_path / "c"
+    name, root = write_files(tmp_path / "files", count=60), tmp_path / "c"
     whole = load_corpus([name], cache_dir=str(tmp_path / "whole"), **SETTINGS)
     last = largest_file(whole.directory)
     tokenizer_size = (whole.directory / "tokenizer" / "tokenizer.json").stat().st_size
     assert last.suffix == ".npy"
     limit = {
         "nothing": 10,
-        "the scan": 100 * 21 - 1,
+        "the scan": 60 * scan._RECORD.itemsize - 1,
         "the tokenizer": tokenizer_size,
         "almost all": last.stat().st_size - 1,
     }

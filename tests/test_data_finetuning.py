@@ -1,21 +1,27 @@
 """Documents in parts and with labels, from lines of JSON to batches: what is a target, what stays together, what is refused."""
 
+import dataclasses
 import json
 import random
+import re
+import unicodedata
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.test_data_corpus import documents_of
+from wmtp_jax.data import documents as documents_module
 from wmtp_jax.data import packing
+from wmtp_jax.data import sources as sources_module
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.corpus import load_corpus
-from wmtp_jax.data.documents import document_of, parse_line
+from wmtp_jax.data.documents import Document, document_of, parse_line
 from wmtp_jax.data.packer import encode_documents
 from wmtp_jax.data.pipeline import Batches, validation_batches
 from wmtp_jax.errors import UserError
-from wmtp_jax.evaluation.windows import make_windows
+from wmtp_jax.evaluation.windows import held_out, make_windows
 from wmtp_jax.tokenizer.tokenizer import Part, Tokenizer, load_tokenizer, train_bpe
 
 SETTINGS = dict(sequence_length=48, vocabulary_size=300, validation_fraction=0.2)
@@ -241,13 +247,13 @@ def test_documents_longer_than_a_row_are_left_out_and_counted(tmp_path):
     assert not list((tmp_path / "c").glob("corpora/*.partial"))
 
 
-def test_the_same_answer_twice_is_one_and_right_and_wrong_are_two(tmp_path):
+def test_the_same_answer_twice_is_one_and_right_and_wrong_are_none(tmp_path):
     entries = list(problems())
     more = [*entries, entries[0], entries[1] | {"passed": True}]
     corpus = load_corpus([write_jsonl(tmp_path / "d.jsonl", more)], cache_dir=str(tmp_path / "c"), **SETTINGS)
     [source] = corpus.sources
-    assert source.dropped["duplicate"] == 1
-    assert sum(side["documents"] for side in source.counts.values()) == len(entries) + 1
+    assert source.dropped["duplicate"] == 1 and source.dropped["contradictory"] == 2
+    assert sum(side["documents"] for side in source.counts.values()) == len(entries) - 1
 
 
 def test_nothing_but_wrong_answers(tmp_path):
@@ -260,30 +266,66 @@ def test_nothing_but_wrong_answers(tmp_path):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=30),
+    st.lists(st.tuples(st.integers(1, 30), st.booleans(), st.booleans()), min_size=1, max_size=30),
     st.sampled_from([9, 12]),
     st.sampled_from([1, 20, 1 << 20]),
 )
-def test_whole_packing_equals_the_literal_one(documents, sequence_length, at_once):
+def test_packing_of_whole_and_plain_texts_equals_the_literal_one(documents, sequence_length, at_once):
+    documents = [(min(size, 9) if whole else size, allowed, whole) for size, allowed, whole in documents]
     rows = [[]]
-    for number, (size, allowed) in enumerate(documents, start=1):
-        if len(rows[-1]) + size > sequence_length:
+    for number, (size, allowed, whole) in enumerate(documents, start=1):
+        if whole and len(rows[-1]) + size > sequence_length:
             rows.append([])
-        segment = rows[-1][-1][1] + 1 if rows[-1] else 1
-        rows[-1] += [(number, segment, allowed, number / 2)] * size
+        for token in range(size):
+            if len(rows[-1]) == sequence_length:
+                rows.append([])
+            last = rows[-1][-1][1] if rows[-1] else 0
+            segment = last + 1 if token == 0 or not rows[-1] else last
+            rows[-1].append((number, segment, allowed, number / 2))
     rows = [row + [(0, 0, False, np.nan)] * (sequence_length - len(row)) for row in rows]
     packable = [
-        packing.Packable(np.full(size, number, np.uint16), np.full(size, allowed), number / 2, False)
-        for number, (size, allowed) in enumerate(documents, start=1)
+        packing.Packable(np.full(size, number, np.uint16), np.full(size, allowed), number / 2, False, whole)
+        for number, (size, allowed, whole) in enumerate(documents, start=1)
     ]
     before, packing._TOKENS_AT_ONCE = packing._TOKENS_AT_ONCE, at_once
     try:
-        blocks = list(packing.pack(packable, sequence_length=sequence_length, whole=True))
+        blocks = list(packing.pack(packable, sequence_length=sequence_length))
     finally:
         packing._TOKENS_AT_ONCE = before
     for place, name in enumerate(("tokens", "segment_ids", "loss_mask", "labels")):
         expected = np.array([[token[place] for token in row] for row in rows], float)
         np.testing.assert_array_equal(np.concatenate([block[name] for block in blocks]).astype(float), expected)
+
+
+def test_one_line_with_a_prompt_leaves_plain_texts_as_they_are(tmp_path):
+    plain = [{"text": f"words of text {n} " * 20} for n in range(60)]
+    asked = [{"prompt": "", "completion": "all of it " * 30}, {"prompt": "say it\n", "completion": "it"}]
+    corpora = [
+        load_corpus([write_jsonl(tmp_path / f"{n}.jsonl", entries)], cache_dir=str(tmp_path / "c"), **SETTINGS)
+        for n, entries in enumerate((plain, plain + asked))
+    ]
+    [few], [more] = (corpus.sources for corpus in corpora)
+    assert more.dropped["too_long"] == 0
+    count = [sum(side["documents"] for side in source.counts.values()) for source in (few, more)]
+    assert count == [60, 62]
+    # Rows are full but for the last one and the one before the text that stays whole.
+    assert sum((more.train.columns["segment_ids"] == 0).any(axis=1)) <= 2
+    found = [corpora[1].tokenizer.decode(tokens[allowed]) for tokens, allowed, _ in segments(corpora[1], "train")]
+    assert "it<|endoftext|>" in found
+
+
+def test_labels_of_0_and_1_are_said_to_be_scores(tmp_path, capfd):
+    for labels, said in (((0, 1), True), ((0.0, 0), True), ((1, 1), False), ((0, 0.5), False), ((False, True), False)):
+        entries = [{"text": f"text {n} " * 5, "good": labels[n % 2]} for n in range(60)]
+        name = write_jsonl(tmp_path / "d.jsonl", entries)
+        arguments = SETTINGS | {"label_field": "good", "cache_dir": str(tmp_path / "c")}
+        for _ in range(2):  # also where the corpus is made already
+            load_corpus([name], **arguments)
+            told = capfd.readouterr().err
+            assert ("config.data.label_field = 'good'" in told and "write false and true" in told) == said, labels
+            assert told.count("\n") == said
+        load_corpus([name], failed_in_loss=True, **arguments)
+        assert not capfd.readouterr().err
 
 
 def read(line, chat=None, **fields):
@@ -303,6 +345,8 @@ def read(line, chat=None, **fields):
         ('{"text": "t", "passed": NaN}', "the label `passed` is nan: must be a finite number"),
         ('{"text": "t", "passed": -Infinity}', "the label `passed` is -inf: must be a finite number"),
         ('{"text": "t", "passed": 1e300}', "must be a finite number"),
+        (f'{{"text": "t", "passed": 1{"0" * 400}}}', "the label `passed` is an integer of 401 digits: must be a finite number"),
+        (f'{{"text": "t", "passed": -1{"0" * 39}}}', "the label `passed` is an integer of 40 digits: must be a finite number"),
         ({"text": "t", "passed": "yes"}, "the label `passed` is a string: must be true, false or a number"),
         ({"text": "t", "passed": None}, "the label `passed` is null: must be"),
         ({"text": "t", "problem": 3}, "the field `problem` is a number, not a string"),
@@ -325,8 +369,7 @@ def test_labels_and_problems_of_objects():
     number = read({"text": "t", "passed": 1}).label
     assert number == 1.0 and isinstance(number, float)
     assert read({"text": "t", "problem": "x"}).identity == "x"
-    document = read({"prompt": "", "completion": "c"})
-    assert document.parts == (Part("c", True),) and document.identity == ""
+    assert read({"prompt": "", "completion": "c", "passed": 2}) == Document("", "c", (), 2.0)
     assert load_refuses_field("prompt")
 
 
@@ -334,6 +377,53 @@ def load_refuses_field(name):
     with pytest.raises(UserError, match=f"label_field = '{name}': that field of an object has another meaning"):
         load_corpus(["python-stdlib"], label_field=name, **SETTINGS)
     return True
+
+
+# ---- held out ------------------------------------------------------------------------------------------------------
+
+
+def same_text(text):
+    """What two texts have in common that look alike, written apart from the code that is tested."""
+    lines = unicodedata.normalize("NFD", text.replace("\r\n", "\n").replace("\r", "\n")).split("\n")
+    return "\n".join(re.sub(r"\s+$", "", line) for line in lines).strip("\n")
+
+
+def test_no_text_is_on_both_sides_whatever_its_form(tmp_path, monkeypatch):
+    directory = tmp_path / "tokenizer"
+    Tokenizer(chat_files("{% for m in messages %}{{ m.content }}{% endfor %}"), "test").save(directory)
+    texts = [f"caf\u00e9 {n}:\n  one\n  two {n * n}" for n in range(80)]
+    (tmp_path / "files").mkdir()
+    labels, prompts, talks, sided = [], [], [], []
+    for number, text in enumerate(texts):
+        (tmp_path / "files" / f"{number}.txt").write_bytes(text.replace("\n", " \r\n").encode())
+        labels += [{"text": text, "passed": 0.25}, {"text": text + "\n", "passed": 0.75}]
+        labels += [{"text": unicodedata.normalize("NFD", text)}]
+        cut = 3 + number % 9
+        prompts += [{"prompt": text[:cut], "completion": text[cut:]}, {"prompt": "", "completion": text + "\n"}]
+        prompts += [{"prompt": text[: cut + 1], "completion": text[cut + 1 :], "problem": f"p{number}"}]
+        talks += [{"messages": [{"role": "user", "content": text[:5]}, {"role": "assistant", "content": text[5:]}]}]
+        sided += [documents_module.Document("", text, (), None, ("train", "validation")[number % 7 == 0])]
+    names = [f"text:{tmp_path}/files/*.txt"]
+    for name, entries in (("labels", labels), ("prompts", prompts), ("talks", talks)):
+        names.append(write_jsonl(tmp_path / f"{name}.jsonl", entries))
+    (tmp_path / "sided.jsonl").write_text("only its name is read\n")
+
+    def open_with_sides(name, **options):
+        source = sources_module.open_source(name, **options)
+        return dataclasses.replace(source, read=lambda file, digest: iter(sided)) if "sided" in name else source
+
+    monkeypatch.setattr("wmtp_jax.data.corpus.open_source", open_with_sides)
+    names.append(f"jsonl:{tmp_path}/sided.jsonl")
+    for chosen in (names, names[::-1]):
+        corpus = load_corpus(chosen, **SETTINGS | {"tokenizer": str(directory), "cache_dir": str(tmp_path / "c")})
+        train, validation = ([same_text(text) for text in documents_of(corpus, side)] for side in ("train", "validation"))
+        assert len(set(train) & set(validation)) == 0 and len(train) > 10 and len(validation) > 20
+        assert sorted(train + validation) == sorted(map(same_text, texts))
+        assert sum(source.dropped["duplicate"] for source in corpus.sources) == 8 * len(texts)
+        # What evaluation reads of these sources is what training held out.
+        monkeypatch.setattr("wmtp_jax.evaluation.windows.open_source", open_with_sides)
+        held = held_out(chosen, SETTINGS["validation_fraction"], corpus.tokenizer, label_field="passed")
+        assert sorted(same_text(document.text) for _, document in held) == sorted(validation)
 
 
 # ---- conversations ---------------------------------------------------------------------------------------------------

@@ -99,6 +99,12 @@ def test_weights_set_the_share_of_rows_at_every_point():
             assert sorted(of_source[start : start + length]) == list(range(length))
 
 
+def test_a_source_without_rows_has_no_turn():
+    for lengths in ([7, 0, 0], [0, 7, 0], [0, 0, 7]):
+        sources, found = RowOrder(lengths, None, seed=0)(np.arange(14))
+        assert (sources == np.argmax(lengths)).all() and sorted(found[:7]) == list(range(7))
+
+
 def test_order_far_into_a_run_is_the_same_function():
     order = RowOrder([1 << 33, 3], (0.7, 0.3), seed=5)
     far = 10**12 + np.arange(64)

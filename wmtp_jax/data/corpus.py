@@ -6,7 +6,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import numpy as np
 
 from wmtp_jax.data import packing
 from wmtp_jax.data.chat import Chat
-from wmtp_jax.data.documents import FIELDS, Document, digest_of
+from wmtp_jax.data.documents import FIELDS, Document
 from wmtp_jax.data.packer import SourcePacker, too_long_message
-from wmtp_jax.data.scan import DROPPED, SPLITS, Scan, read_documents, scan
+from wmtp_jax.data.scan import SPLITS, Scan, kept_documents, scan
 from wmtp_jax.data.sources import Source, open_source
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.storage import cache
@@ -24,8 +25,14 @@ from wmtp_jax.tokenizer.tokenizer import MIN_BPE_VOCABULARY, Tokenizer, load_tok
 
 _log = logging.getLogger(__name__)
 
-# Part of every key: raise it where the same documents would give other rows.
-_FORMAT = 1
+# Part of every request: raise it where the same files would give other documents, or other sides.
+_REQUEST_FORMAT = 2
+# Part of a corpus's key, beside its documents: raise it where the same documents would give other rows. Format 2 ends
+# conversations in another way, and packs plain texts beside others that stay whole in another way. All else is packed as
+# ever, so that runs, reference losses and rewards of earlier corpora go on.
+_ROWS_FORMAT, _FIRST_ROWS_FORMAT = 2, 1
+# Part of a trained tokenizer's key: raise it where the same sample would give another one.
+_TOKENIZER_FORMAT = 1
 # The BPE counts pairs in a sample of the training side, drawn by hash. More gives no better vocabulary: at V = 1,024,
 # 4, 8 and 12 MB of the standard library give 2.605, 2.621 and 2.621 bytes a token.
 _BPE_SAMPLE_BYTES = 8_000_000
@@ -163,7 +170,7 @@ def load_corpus(
     chat = Chat(named_tokenizer)
     opened = [open_source(name, label_field=label_field, chat=chat) for name in sources]
     request = {
-        "format": _FORMAT,
+        "format": _REQUEST_FORMAT,
         "sources": [[source.name.partition(":")[0], source.location] for source in opened],
         "tokenizer": named_tokenizer.fingerprint if named_tokenizer else f"bpe:{vocabulary_size}",
         "chat_template": named_tokenizer.chat_template_hash if named_tokenizer else "",
@@ -182,7 +189,21 @@ def load_corpus(
         if note is None or _files_changed(note, opened) or not (root / "corpora" / note["corpus"]).is_dir():
             note = make(previous=note)
             cache.write_file(note_path, json.dumps(note).encode())
-    return _open(opened, root / "corpora" / note["corpus"], note, tuple(weights) if weights else None)
+    for source, verdicts in zip(opened, note["scores_are_verdicts"], strict=True):
+        if verdicts and not failed_in_loss:
+            print(
+                f"{source.name}: its labels (config.data.label_field = {label_field!r}) are the numbers 0 and 1, which are "
+                "scores: texts labelled 0 are trained on, too; write false and true to leave wrong texts out of the loss",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    corpus = _open(opened, root / "corpora" / note["corpus"], note, tuple(weights) if weights else None)
+    for source in corpus.sources:
+        if weights and not len(source.train):
+            raise UserError(
+                f"config.data.source_weights = {tuple(weights)}: {source.name} has no text for training that is not in another "
+                "source or held out, so it can have no share; leave it out"
+            )
+    return corpus
 
 
 def _check_arguments(
@@ -221,8 +242,9 @@ def _make(
     found = scan(sources, validation_fraction=validation_fraction, sample_bytes=sample_bytes, scratch=root)
     if tokenizer is None:
         tokenizer = _trained_tokenizer(root, found.sample, vocabulary_size)
+    as_ever = not any(traits.chat or (traits.parts and traits.plain) for traits in found.traits)
     key = {
-        "format": _FORMAT,
+        "format": _FIRST_ROWS_FORMAT if as_ever else _ROWS_FORMAT,
         "documents": found.content_hash,
         "tokenizer": tokenizer.fingerprint,
         "sequence_length": sequence_length,
@@ -233,7 +255,8 @@ def _make(
         [[file.name, file.size, file.mtime_ns, content] for file, content in zip(source.files, hashes, strict=True)]
         for source, hashes in zip(sources, found.file_hashes, strict=True)
     ]
-    note = {"corpus": _key(key), "files": files, "dropped": found.dropped}
+    verdicts = [traits.scores_are_verdicts for traits in found.traits]
+    note = {"corpus": _key(key), "files": files, "dropped": found.dropped, "scores_are_verdicts": verdicts}
     if previous is not None and previous["corpus"] != note["corpus"]:
         _say_what_changed(previous["files"], files)
 
@@ -250,7 +273,7 @@ def _trained_tokenizer(root: Path, sample: list[str], vocabulary_size: int) -> T
     content = hashlib.sha256()
     for text in sample:
         content.update(hashlib.blake2b(text.encode(), digest_size=16).digest())
-    key = {"format": _FORMAT, "sample": content.hexdigest(), "vocabulary_size": vocabulary_size}
+    key = {"format": _TOKENIZER_FORMAT, "sample": content.hexdigest(), "vocabulary_size": vocabulary_size}
     directory = root / "tokenizers" / _key(key)
 
     def build(partial: Path) -> None:
@@ -277,11 +300,9 @@ def _pack(
     too_long: list[int] = []
     targets = dict.fromkeys(SPLITS, 0)
     for number, source in enumerate(sources):
-        packer = SourcePacker(
-            tokenizer, sequence_length, scratch, whole=found.traits[number].parts, failed_in_loss=failed_in_loss
-        )
+        packer = SourcePacker(tokenizer, sequence_length, scratch, failed_in_loss=failed_in_loss)
         _log.info("tokenising %s: %d files", source.name, len(source.files))
-        for batch in _kept_documents(source, number, found):
+        for batch in _batches(kept_documents(source, number, found)):
             packer.add(batch)
         packer.check(source.name)
         labelled = found.traits[number].labelled
@@ -305,27 +326,16 @@ def _pack(
     return manifest
 
 
-def _kept_documents(source: Source, number: int, found: Scan) -> Iterator[list[tuple[str, bool, Document]]]:
-    """The documents of a source that the scan kept, some megabytes at a time, as `SourcePacker.add` takes them."""
-    record = int(np.searchsorted(found.records["source"], number))
-    end = int(np.searchsorted(found.records["source"], number, side="right"))
+def _batches(documents: Iterable[tuple[str, bool, Document]]) -> Iterator[list[tuple[str, bool, Document]]]:
+    """Documents as `SourcePacker.add` takes them, some megabytes at a time."""
     batch: list[tuple[str, bool, Document]] = []
     held = 0
-    joined = True
-    for document in read_documents(source, dict.fromkeys(DROPPED, 0), lambda content: None):
-        if record == end or digest_of(document) != found.records[record].tobytes()[:16]:
-            raise UserError(f"{source.name}: a file changed while it was being read; start again")
-        joined &= bool(found.records[record]["joined"])
-        if found.keep[record]:
-            batch.append((SPLITS[int(found.records[record]["validation"])], joined, document))
-            held += len(document.text)
-            joined = True
-        record += 1
+    for side, joined, document in documents:
+        batch.append((side, joined, document))
+        held += len(document.text)
         if held >= _CHARACTERS_AT_ONCE or len(batch) == _DOCUMENTS_AT_ONCE:
             yield batch
             batch, held = [], 0
-    if record != end:
-        raise UserError(f"{source.name}: a file changed while it was being read; start again")
     yield batch
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import unicodedata
 from typing import NamedTuple
 
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.errors import UserError
 from wmtp_jax.tokenizer.tokenizer import Part
 
+# Labels are stored in 32 bits.
+_LARGEST_LABEL = 3e38
 FIELDS = ("text", "prompt", "completion", "messages", "problem")
 
 
@@ -32,8 +34,16 @@ class Document(NamedTuple):
     side: str = ""
 
 
+def text_key(text: str) -> bytes:
+    """What makes two texts the same: 16 bytes, whatever their line ends, white space at the ends of lines, and Unicode
+    composition (NFC)."""
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    text = unicodedata.normalize("NFC", "\n".join(line.rstrip() for line in lines).rstrip())
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 def digest_of(document: Document) -> bytes:
-    """What makes two documents the same: 16 bytes, of the text, its parts and the label."""
+    """What makes two documents the same to the byte: 16 bytes, of the text, its parts and the label."""
     facts = b""
     if document.parts or document.label is not None:
         sizes = [[len(part.text), part.target, part.template] for part in document.parts]
@@ -44,8 +54,8 @@ def digest_of(document: Document) -> bytes:
 def completion_document(
     identity: str, prompt: str, completion: str, *, label: bool | float | None = None, side: str = ""
 ) -> Document:
-    """A prompt, whose tokens are no targets, and what should follow it."""
-    parts = (Part(prompt, False), Part(completion, True)) if prompt else (Part(completion, True),)
+    """A prompt, whose tokens are no targets, and what should follow it; without a prompt, a plain text."""
+    parts = (Part(prompt, False), Part(completion, True)) if prompt else ()
     return Document(identity, prompt + completion, parts, label, side)
 
 
@@ -156,8 +166,9 @@ def _label(entry: dict, where: str, field: str) -> bool | float | None:
         return value
     if not isinstance(value, (int, float)):
         raise UserError(f"{where}: the label `{field}` is {json_type(value)}: must be true, false or a number")
-    if not math.isfinite(value) or abs(value) > 3e38:
-        raise UserError(f"{where}: the label `{field}` is {value}: must be a finite number")
+    if not abs(value) <= _LARGEST_LABEL:  # NaN too; an integer may be too large for a float
+        shown = value if isinstance(value, float) else f"an integer of {len(str(abs(value)))} digits"
+        raise UserError(f"{where}: the label `{field}` is {shown}: must be a finite number of at most 3e38")
     return float(value)
 
 

@@ -17,9 +17,9 @@ from wmtp_jax.tokenizer.tokenizer import Part, Tokenizer
 class SourcePacker:
     """Tokenises one source's documents and writes their rows."""
 
-    def __init__(self, tokenizer: Tokenizer, sequence_length: int, scratch: Path, *, whole: bool, failed_in_loss: bool):
+    def __init__(self, tokenizer: Tokenizer, sequence_length: int, scratch: Path, *, failed_in_loss: bool):
         self._tokenizer, self._sequence_length = tokenizer, sequence_length
-        self._whole, self._failed_in_loss = whole, failed_in_loss
+        self._failed_in_loss = failed_in_loss
         self._dtypes = packing.column_dtypes(sequence_length=sequence_length, vocabulary_size=tokenizer.vocabulary_size)
         self._stores = {side: packing.TokenStore(scratch, self._dtypes["tokens"]) for side in SPLITS}
         self._sizes = dict.fromkeys(SPLITS, 0)
@@ -33,7 +33,8 @@ class SourcePacker:
         packable: dict[str, list[packing.Packable]] = {side: [] for side in SPLITS}
         for (side, joined, document), (ids, allowed) in zip(batch, encoded, strict=True):
             joined &= self._linked
-            if self._whole and len(ids) > self._sequence_length:
+            whole = bool(document.parts)
+            if whole and len(ids) > self._sequence_length:
                 self.too_long.append(len(ids))
                 self._linked = joined  # else the next one would join another problem
                 continue
@@ -41,15 +42,15 @@ class SourcePacker:
             if document.label is False and not self._failed_in_loss:
                 allowed = np.zeros_like(allowed)
             label = np.nan if document.label is None else float(document.label)
-            packable[side].append(packing.Packable(ids, allowed, label, joined))
+            packable[side].append(packing.Packable(ids, allowed, label, joined, whole))
             self._sizes[side] += len(document.text.encode())
             self.targets[side] += int(allowed.sum())
         for side, store in self._stores.items():
             store.append(packable[side])
 
     def check(self, name: str) -> None:
-        """Refuses a source of which nothing is left to train on."""
-        if not self._stores["train"].documents:
+        """Refuses a source of which nothing is left to train on, as its texts are too long."""
+        if not self._stores["train"].documents and self.too_long:
             raise UserError(too_long_message(f"all training documents of {name}", self._sequence_length, self.too_long))
 
     def write(self, columns: list[str], paths_of: Callable[[str], Callable[[str], Path]]) -> dict[str, dict[str, int]]:
@@ -58,7 +59,7 @@ class SourcePacker:
         for side, store in self._stores.items():
             rows = packing.write_columns(
                 paths_of(side),
-                packing.pack(store.shuffled(), sequence_length=self._sequence_length, whole=self._whole),
+                packing.pack(store.shuffled(), sequence_length=self._sequence_length),
                 dtypes={name: self._dtypes[name] for name in columns}, sequence_length=self._sequence_length,
             )  # fmt: skip
             size = self._sizes[side]

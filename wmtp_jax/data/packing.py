@@ -26,18 +26,20 @@ class Packable(NamedTuple):
       allowed: bool `[n]`, which of them may be targets.
       label: NaN where it has none.
       joined: it stays behind the document before it.
+      whole: it is not cut where a row ends.
     """
 
     tokens: np.ndarray
     allowed: np.ndarray
     label: float
     joined: bool
+    whole: bool = False
 
 
 class TokenStore:
     """Documents in the order they come, in unnamed files, until all are there and rows can be cut."""
 
-    _ENTRY = np.dtype([("end", "<i8"), ("label", "<f4")])
+    _ENTRY = np.dtype([("end", "<i8"), ("label", "<f4"), ("whole", "?")])
 
     def __init__(self, scratch: Path, dtype: np.dtype):
         self.dtype = dtype
@@ -56,6 +58,7 @@ class TokenStore:
         entries = np.zeros(len(documents), self._ENTRY)
         entries["end"] = self.tokens + np.cumsum([len(document.tokens) for document in documents], dtype=np.int64)
         entries["label"] = [document.label for document in documents]
+        entries["whole"] = [document.whole for document in documents]
         self._tokens.write(np.concatenate([document.tokens for document in documents]).astype(self.dtype).tobytes())
         self._allowed.write(np.concatenate([document.allowed for document in documents]).tobytes())
         self._entries.write(entries.tobytes())
@@ -88,7 +91,7 @@ class TokenStore:
         size, width = int(entry["end"]) - first, self.dtype.itemsize
         tokens = np.frombuffer(os.pread(self._tokens.fileno(), size * width, first * width), self.dtype)
         allowed = np.frombuffer(os.pread(self._allowed.fileno(), size, first), bool)
-        return Packable(tokens, allowed, float(entry["label"]), joined)
+        return Packable(tokens, allowed, float(entry["label"]), joined, bool(entry["whole"]))
 
     def _entry(self, number: int) -> np.void:
         width = self._ENTRY.itemsize
@@ -104,28 +107,27 @@ class TokenStore:
 _PADDING = {"tokens": 0, "segment_ids": 0, "loss_mask": False, "labels": np.nan}
 
 
-def pack(
-    documents: Iterable[Packable], *, sequence_length: int, whole: bool = False
-) -> Iterator[dict[str, np.ndarray]]:
+def pack(documents: Iterable[Packable], *, sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
     """Documents one after the other, in rows; each piece of a document in a row is a segment of its own.
 
+    Documents are cut wherever a row ends. One that stays whole and doesn't fit into what is left of a row begins the next
+    one.
+
     Args:
-      documents: in their order.
+      documents: in their order; those that stay whole are no longer than a row.
       sequence_length: S.
-      whole: a document that doesn't fit into what is left of a row begins the next one, and none may be longer than a
-        row; otherwise documents are cut wherever a row ends.
 
     Yields:
       `tokens`, `segment_ids`, `loss_mask` and `labels` `[rows, S]`, about a million tokens at a time; segments of a row are
       numbered 1, 2, 3... What is not filled has token 0, segment 0, loss_mask False and label NaN: the end of the last row
-      of all, and with `whole` that of others.
+      of all, and that of rows before a document that stays whole.
     """
     pieces: list[dict[str, np.ndarray]] = []
     held = 0
     for document in documents:
         size = len(document.tokens)
         room = -held % sequence_length
-        if whole and size > (room or sequence_length):
+        if document.whole and size > (room or sequence_length):
             pieces.append(_filler(room))
             held += room
         pieces.append(

@@ -66,6 +66,8 @@ class RowOrder:
         sources = np.full(rank.shape, len(self._shares) - 1, np.int64)
         undecided = np.ones(rank.shape, bool)
         for source, share in enumerate(self._shares[:-1]):
+            if not share:  # no rows of its own
+                continue
             # Of the first n positions that are left, this source has floor(n share / rest): one more at its own.
             rest = sum(self._shares[source:])
             before, after = ((n // rest) * share + (n % rest) * share // rest for n in (rank, rank + 1))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.documents import Document, digest_of
 from wmtp_jax.data.packer import encode_documents
-from wmtp_jax.data.scan import DROPPED, is_validation, read_documents
+from wmtp_jax.data.scan import DROPPED, kept_documents, read_documents, scan
 from wmtp_jax.data.sources import open_source
 from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.token_kinds import byte_kinds, token_kinds
@@ -51,15 +52,13 @@ def held_out(
     Raises:
       UserError: a source that is not there.
     """
-    seen: set[bytes] = set()
-    for name in sources:
-        for digest, document in _documents(name, tokenizer, label_field=label_field):
-            held = document.side == "validation"
-            if not document.side:
-                held = is_validation(os.fsencode(document.identity) or digest, fraction)
-            if held and digest not in seen and document.label is not False:
-                yield digest, document
-            seen.add(digest)
+    opened = [open_source(name, label_field=label_field, chat=Chat(tokenizer)) for name in sources]
+    with TemporaryDirectory() as scratch:
+        found = scan(opened, validation_fraction=fraction, sample_bytes=0, scratch=Path(scratch))
+        for number, source in enumerate(opened):
+            for side, _, document in kept_documents(source, number, found):
+                if side == "validation" and document.label is not False:
+                    yield digest_of(document), document
 
 
 def everything(source: str, tokenizer: Tokenizer) -> Iterator[tuple[bytes, Document]]:
@@ -68,7 +67,9 @@ def everything(source: str, tokenizer: Tokenizer) -> Iterator[tuple[bytes, Docum
     Raises:
       UserError: a source that is not there.
     """
-    return _documents(source, tokenizer, label_field="passed")
+    opened = open_source(source, chat=Chat(tokenizer))
+    for document in read_documents(opened, dict.fromkeys(DROPPED, 0), lambda file_hash: None):
+        yield digest_of(document), document
 
 
 def make_windows(
@@ -101,9 +102,3 @@ def make_windows(
         columns[:, place, : row.shape[1]] = row
     tokens, segment_ids, kinds, targets = columns
     return Windows(tokens, segment_ids, kinds, targets > 0, len(chosen), digest.hexdigest(), source)
-
-
-def _documents(name: str, tokenizer: Tokenizer, *, label_field: str) -> Iterator[tuple[bytes, Document]]:
-    source = open_source(name, label_field=label_field, chat=Chat(tokenizer))
-    for document in read_documents(source, dict.fromkeys(DROPPED, 0), lambda file_hash: None):
-        yield digest_of(document), document
