@@ -137,6 +137,7 @@ def _softmax(hidden: Array, unembedding: Array, targets: Array, *, chunk: int, t
             logits = _dot(states, columns, (1, 0), dtype)
             tile_targets = chunk_targets - column
             if vocabulary % tile:
+                # The last tile moved back over entries that the one before has counted: those must not count twice.
                 logits = jnp.where(_iota(logits, 1) >= overlap, logits, lowest)
                 tile_targets = jnp.where(tile_targets >= overlap, tile_targets, -1)
             return merge(softmax, _tile_softmax(logits, tile_targets))
@@ -205,6 +206,7 @@ def _gradients(
                 for values in (targets, maximum, normalizer, cotangent)
             )
             logits = _dot(states, columns, (1, 0), dtype)
+            # The normalizer is left out of p and of the target's 1 alike, and comes back in `scale` below.
             d_logits = jnp.exp(logits - chunk_maximum)
             d_logits -= jnp.where(_iota(logits, 1) == chunk_targets - column, chunk_normalizer, 0)
             if vocabulary % tile:
@@ -220,6 +222,7 @@ def _gradients(
         d_hidden, d_columns = _loop(tokens, chunk, chunk_step, (d_hidden, jnp.zeros(columns.shape, dtype)))
         d_columns = d_columns.astype(unembedding.dtype)
         if vocabulary % tile:
+            # What the tile before has written stays, where this one overlaps it.
             written = lax.dynamic_slice(d_unembedding, (head * width, column), (width, tile))
             d_columns = jnp.where(_iota(d_columns, 1) >= column_overlap, d_columns, written)
         return d_hidden, lax.dynamic_update_slice(d_unembedding, d_columns, (head * width, column))

@@ -27,6 +27,12 @@ standardise to 0. NaN or infinity behind the mask or in padding reaches neither 
 stays NaN, so that it is noticed.
 
 Types: at least float32 (bfloat16 is computed in float32, integers in the default float type); float64 stays float64.
+
+Arguments, the same everywhere: `scores`, `loss` (nats), `token_entropy` (nats), `weights` and `mask` are `[..., S, H]`; `values`,
+`rewards`, `advantage` and `segment_ids` are `[..., S]`. `scope` is that within which entries compete and weights have mean one. A
+function of such arrays returns their shape; what a docstring below adds is what differs.
+
+Errors: ValueError for shapes that differ or have too few axes, an unknown scope, and hyperparameters outside their bounds.
 """
 
 from __future__ import annotations
@@ -58,9 +64,6 @@ def align_to_heads(values: Array, *, num_heads: int, fill: float = 0.0) -> Array
 
     Returns:
       `[..., S, H]` in the type of `values`.
-
-    Raises:
-      ValueError: fewer than one head, or no axis S.
     """
     values = jnp.asarray(values)
     if num_heads < 1:
@@ -82,16 +85,9 @@ def excess_loss(loss: Array, reference_loss: Array, *, signed: bool = True, thre
     Source: Rho-1, arXiv 2404.07965.
 
     Args:
-      loss: nats, any shape.
-      reference_loss: nats, the same shape, entry by entry about the same target.
+      loss, reference_loss: nats, any shape, about the same targets.
       signed: False for the absolute value, which also favours tokens that the reference finds harder.
       threshold: nats, non-negative.
-
-    Returns:
-      The score, nats, in that shape.
-
-    Raises:
-      ValueError: shapes that differ, or a negative threshold.
     """
     loss, reference_loss = _as_float(loss), _as_float(reference_loss)
     check_same_shape(loss=loss, reference_loss=reference_loss)
@@ -104,20 +100,13 @@ def excess_loss(loss: Array, reference_loss: Array, *, signed: bool = True, thre
 
 
 def value_change(values: Array, segment_ids: Array, *, discount: float) -> Array:
-    """How far token x[t] moved the expected return.
+    """How far token x[t] moved the expected return; token-indexed.
 
     out[t] = V[t] - discount * V[t-1], with V[t-1] = 0 at a segment's first token; 0 in padding.
 
     Args:
-      values: `[..., S]`, V[t] the value after x[<= t].
-      segment_ids: `[..., S]`.
+      values: V[t] is the value after x[<= t].
       discount: in [0, 1].
-
-    Returns:
-      `[..., S]`, token-indexed.
-
-    Raises:
-      ValueError: shapes that differ, or a discount outside [0, 1].
     """
     values = _in_segments(values, segment_ids)
     check_interval(0.0, 1.0, discount=discount)
@@ -125,21 +114,14 @@ def value_change(values: Array, segment_ids: Array, *, discount: float) -> Array
 
 
 def td_error(rewards: Array, values: Array, segment_ids: Array, *, discount: float) -> Array:
-    """One-step temporal-difference error.
+    """One-step temporal-difference error; state-indexed.
 
     out[t] = r[t] + discount * V[t+1] - V[t], with V[t+1] = 0 at a segment's last token; 0 in padding.
 
     Args:
-      rewards: `[..., S]`, r[t] the reward for the choice made at t.
-      values: `[..., S]`, V[t] the value after x[<= t].
-      segment_ids: `[..., S]`.
+      rewards: r[t] is the reward for the choice made at t.
+      values: V[t] is the value after x[<= t].
       discount: in [0, 1].
-
-    Returns:
-      `[..., S]`, state-indexed.
-
-    Raises:
-      ValueError: shapes that differ, or a discount outside [0, 1].
     """
     rewards, values = _in_segments(rewards, segment_ids), _in_segments(values, segment_ids)
     check_interval(0.0, 1.0, discount=discount)
@@ -147,24 +129,15 @@ def td_error(rewards: Array, values: Array, segment_ids: Array, *, discount: flo
 
 
 def generalized_advantage(rewards: Array, values: Array, segment_ids: Array, *, discount: float, decay: float) -> Array:
-    """Generalized advantage estimation, GAE(discount, decay), within segments.
+    """Generalized advantage estimation, GAE(discount, decay), within segments; state-indexed.
 
     A[t] = td[t] + discount * decay * A[t+1], with A[t+1] = 0 at a segment's last token; 0 in padding. `td` is `td_error`.
     The λ-return is A[t] + V[t].
     Source: arXiv 1506.02438.
 
     Args:
-      rewards: `[..., S]`, r[t] the reward for the choice made at t.
-      values: `[..., S]`, V[t] the value after x[<= t].
-      segment_ids: `[..., S]`.
-      discount: γ, in [0, 1].
+      rewards, values, discount: as in `td_error`; discount is γ.
       decay: λ, in [0, 1].
-
-    Returns:
-      `[..., S]`, state-indexed.
-
-    Raises:
-      ValueError: shapes that differ, or a discount or decay outside [0, 1].
     """
     error = td_error(rewards, values, segment_ids, discount=discount)
     check_interval(0.0, 1.0, decay=decay)
@@ -182,16 +155,6 @@ def token_advantage(advantage: Array, segment_ids: Array) -> Array:
     """From the state that chose a token to the token: state-indexed to token-indexed.
 
     out[t] = advantage[t-1]; 0 at a segment's first token and in padding.
-
-    Args:
-      advantage: `[..., S]`, state-indexed.
-      segment_ids: `[..., S]`.
-
-    Returns:
-      `[..., S]`, token-indexed.
-
-    Raises:
-      ValueError: shapes that differ.
     """
     return _previous(_in_segments(advantage, segment_ids), segment_ids)
 
@@ -205,12 +168,6 @@ def group_advantage(rewards: Array, *, epsilon: float = 1e-6) -> Array:
     Args:
       rewards: `[..., G]`, G samples of one prompt.
       epsilon: non-negative, in the unit of the rewards.
-
-    Returns:
-      `[..., G]`.
-
-    Raises:
-      ValueError: a negative epsilon, or no axis G.
     """
     rewards = _as_float(rewards)
     check_rank("rewards", rewards, 1, "[..., G]")
@@ -225,7 +182,7 @@ def group_advantage(rewards: Array, *, epsilon: float = 1e-6) -> Array:
 
 
 def logit_gradient_norm(target_probability: Array, squared_probability_sum: Array) -> Array:
-    """Length of the gradient of a token's cross-entropy in the logits.
+    """Length of the gradient of a token's cross-entropy in the logits, from 0 to sqrt(2).
 
     The gradient is p - onehot(y), so its length is sqrt(max(Σp² - 2 p_y + 1, 0)). Σp² and p_y in float32 leave an absolute
     uncertainty of 3e-4 near p_y = 1, where the terms cancel.
@@ -233,12 +190,6 @@ def logit_gradient_norm(target_probability: Array, squared_probability_sum: Arra
     Args:
       target_probability: p_y, any shape.
       squared_probability_sum: Σp² over the vocabulary, the same shape.
-
-    Returns:
-      The score, from 0 to sqrt(2), in that shape.
-
-    Raises:
-      ValueError: shapes that differ.
     """
     probability, squared_sum = _as_float(target_probability), _as_float(squared_probability_sum)
     check_same_shape(target_probability=probability, squared_probability_sum=squared_sum)
@@ -250,17 +201,7 @@ def logit_gradient_norm(target_probability: Array, squared_probability_sum: Arra
 
 
 def uniform(mask: Array) -> Array:
-    """Every valid entry weighs 1: plain multi-token prediction.
-
-    Args:
-      mask: `[..., S, H]`.
-
-    Returns:
-      `[..., S, H]`, 1 where valid and 0 elsewhere.
-
-    Raises:
-      ValueError: fewer than two axes.
-    """
+    """Every valid entry weighs 1: plain multi-token prediction."""
     return _masked(jnp.ones_like(_as_float(mask)), mask)[0]
 
 
@@ -270,15 +211,7 @@ def softmax_over_heads(scores: Array, mask: Array, *, temperature: float) -> Arr
     w[s, k] = n[s] * softmax_k(scores[s, k] / temperature) over the n[s] valid heads of position s.
 
     Args:
-      scores: `[..., S, H]`.
-      mask: `[..., S, H]`.
       temperature: positive, in the unit of the scores; uniform weights as it grows.
-
-    Returns:
-      `[..., S, H]`, mean one in each position.
-
-    Raises:
-      ValueError: shapes that differ, or a temperature that is not positive.
     """
     scores, mask = _masked(scores, mask)
     check_temperature(temperature)
@@ -292,18 +225,8 @@ def exponential(scores: Array, mask: Array, *, temperature: float, low: float, h
     Source: the clipped exponential advantage of AWR, arXiv 1910.00177.
 
     Args:
-      scores: `[..., S, H]`.
-      mask: `[..., S, H]`.
       temperature: positive, in standard deviations; uniform weights as it grows.
-      low: lower bound before the mean is made one, non-negative.
-      high: upper bound before the mean is made one; may be infinite.
-      scope: over what scores are standardised and weights have mean one.
-
-    Returns:
-      `[..., S, H]`.
-
-    Raises:
-      ValueError: shapes that differ, an unknown scope, a temperature that is not positive, or not 0 <= low <= high.
+      low, high: bounds before the mean is made one, 0 <= low <= high; `high` may be infinite.
     """
     scores, mask = _masked(scores, mask)
     axes = scope_axes(scope, mask.ndim)
@@ -322,16 +245,8 @@ def top_fraction(scores: Array, mask: Array, *, fraction: float, scope: Scope) -
     Source: selective language modelling in Rho-1, arXiv 2404.07965.
 
     Args:
-      scores: `[..., S, H]`; may be infinite.
-      mask: `[..., S, H]`.
-      fraction: a number in [0, 1].
-      scope: within what entries compete.
-
-    Returns:
-      `[..., S, H]`. A NaN score that counts gives NaN.
-
-    Raises:
-      ValueError: shapes that differ, an unknown scope, or a fraction outside [0, 1].
+      scores: may be infinite; a NaN that counts gives NaN.
+      fraction: in [0, 1].
     """
     scores, mask = _masked(scores, mask)
     axes = scope_axes(scope, mask.ndim)
@@ -349,9 +264,11 @@ def top_fraction(scores: Array, mask: Array, *, fraction: float, scope: Scope) -
     def enough(candidate: Array) -> Array:
         return _count(bits >= candidate, axes) >= keep
 
+    # The highest bit is the sign: where enough scores are 0 or more the search starts at 0, else at the lowest integer.
     start = jnp.where(enough(jnp.zeros(keep.shape, bits.dtype)), 0, lowest).astype(bits.dtype)
     threshold = _largest(enough, start, num_bits=jnp.iinfo(bits.dtype).bits - 1)
 
+    # Scores that tie at the threshold: the lower flat indices are kept, found by the same search over indices.
     above = bits > threshold
     wanted = keep - _count(above, axes)
     extent = [size if axis in axes else 1 for axis, size in enumerate(mask.shape)]
@@ -371,17 +288,6 @@ def confidence(loss: Array, mask: Array, *, scope: Scope) -> Array:
 
     w ∝ exp(-loss), the target's probability.
     Source: DFT, arXiv 2508.05629.
-
-    Args:
-      loss: `[..., S, H]`, nats.
-      mask: `[..., S, H]`.
-      scope: within what weights have mean one.
-
-    Returns:
-      `[..., S, H]`.
-
-    Raises:
-      ValueError: shapes that differ, or an unknown scope.
     """
     loss, mask = _masked(loss, mask)
     return _mean_one_exp(-loss, mask, scope_axes(scope, mask.ndim))
@@ -394,16 +300,7 @@ def focal(loss: Array, mask: Array, *, gamma: float, scope: Scope) -> Array:
     Source: focal loss, arXiv 1708.02002.
 
     Args:
-      loss: `[..., S, H]`, nats.
-      mask: `[..., S, H]`.
       gamma: non-negative; 0 gives uniform weights.
-      scope: within what weights have mean one.
-
-    Returns:
-      `[..., S, H]`.
-
-    Raises:
-      ValueError: shapes that differ, an unknown scope, or a negative gamma.
     """
     loss, mask = _masked(loss, mask)
     axes = scope_axes(scope, mask.ndim)
@@ -416,19 +313,8 @@ def focal(loss: Array, mask: Array, *, gamma: float, scope: Scope) -> Array:
 def entropy(token_entropy: Array, mask: Array, *, scope: Scope) -> Array:
     """Favours tokens at which the model is undecided.
 
-    w ∝ the entropy of the predictive distribution.
+    w ∝ the entropy of the predictive distribution, in nats; below 0 (rounding) counts as 0.
     Source: EAFT, arXiv 2601.02151.
-
-    Args:
-      token_entropy: `[..., S, H]`, nats; below 0 (rounding) counts as 0.
-      mask: `[..., S, H]`.
-      scope: within what weights have mean one.
-
-    Returns:
-      `[..., S, H]`.
-
-    Raises:
-      ValueError: shapes that differ, or an unknown scope.
     """
     return normalize(token_entropy, mask, scope=scope)
 
@@ -439,15 +325,7 @@ def head_decay(mask: Array, *, decay: float, scope: Scope) -> Array:
     w[s, k] ∝ decay^k. Under `head` scope every head has mean one by itself, so the weights are uniform.
 
     Args:
-      mask: `[..., S, H]`.
       decay: non-negative; 1 gives uniform weights.
-      scope: within what weights have mean one.
-
-    Returns:
-      `[..., S, H]`.
-
-    Raises:
-      ValueError: fewer than two axes, an unknown scope, or a negative decay.
     """
     ones = uniform(mask)
     check_interval(0.0, math.inf, decay=decay)
@@ -461,16 +339,8 @@ def combine(weights: Array, mask: Array, *, coefficients: Sequence[float], scope
     w ∝ Π_i weights[i]^(c_i / Σc), mean one. An entry that one member with c_i > 0 drops is dropped.
 
     Args:
-      weights: `[n, ..., S, H]`, non-negative.
-      mask: `[..., S, H]`.
+      weights: `[n, ..., S, H]`.
       coefficients: n non-negative numbers, not all 0; a member with coefficient 0 has no say.
-      scope: within what weights have mean one.
-
-    Returns:
-      `[..., S, H]`.
-
-    Raises:
-      ValueError: shapes that differ, an unknown scope, or coefficients of another number, negative or all 0.
     """
     weights, mask = jnp.asarray(weights), jnp.asarray(mask)
     product = 1.0
@@ -485,15 +355,7 @@ def permute(weights: Array, mask: Array, noise: Array) -> Array:
     The i-th valid entry in flat order gets the weight of the valid entry whose noise has rank i (ties: the lower flat index).
 
     Args:
-      weights: `[..., S, H]`.
-      mask: `[..., S, H]`.
       noise: `[..., S, H]`, random numbers.
-
-    Returns:
-      `[..., S, H]`, the valid weights in another order, 0 elsewhere.
-
-    Raises:
-      ValueError: shapes that differ.
     """
     noise, _ = _masked(noise, mask)
     weights, mask = _masked(weights, mask)
@@ -507,18 +369,7 @@ def permute(weights: Array, mask: Array, noise: Array) -> Array:
 def normalize(weights: Array, mask: Array, *, scope: Scope) -> Array:
     """Scales weights to a masked mean of one.
 
-    out = weights / mean(weights) over the valid entries of each scope.
-
-    Args:
-      weights: `[..., S, H]`; below 0 counts as 0.
-      mask: `[..., S, H]`.
-      scope: within what the mean becomes one.
-
-    Returns:
-      `[..., S, H]`; 0 where masked, 1 where all valid weights of a scope are 0.
-
-    Raises:
-      ValueError: shapes that differ, or an unknown scope.
+    out = weights / mean(weights) over the valid entries of each scope; a weight below 0 counts as 0.
     """
     weights, mask = _masked(weights, mask)
     return _mean_one(jnp.maximum(weights, 0.0), mask, scope_axes(scope, mask.ndim))
@@ -528,19 +379,9 @@ def normalize(weights: Array, mask: Array, *, scope: Scope) -> Array:
 
 
 def effective_sample_fraction(weights: Array, mask: Array) -> Array:
-    """Kish's effective sample size as a fraction of the valid entries.
+    """Kish's effective sample size as a fraction of the valid entries; a scalar.
 
-    (Σw)² / (n Σw²): 1 for uniform weights, 1 / n where one entry has all the weight.
-
-    Args:
-      weights: `[..., S, H]`, non-negative.
-      mask: `[..., S, H]`.
-
-    Returns:
-      A scalar; 0 where all is masked or all weights are 0.
-
-    Raises:
-      ValueError: shapes that differ.
+    (Σw)² / (n Σw²): 1 for uniform weights, 1 / n where one entry has all the weight, 0 where there is no weight at all.
     """
     weights, mask = _masked(weights, mask)
     axes = scope_axes("batch", mask.ndim)
@@ -550,20 +391,10 @@ def effective_sample_fraction(weights: Array, mask: Array) -> Array:
 
 
 def weight_entropy(weights: Array, mask: Array) -> Array:
-    """How evenly weight is spread over the heads of a position.
+    """How evenly weight is spread over the heads of a position; a scalar.
 
     The mean of -Σ_k p_k log(p_k) / log(n), p_k = w_k / Σw, over positions with n >= 2 valid heads and some weight: 1 for
-    uniform weights, 0 where one head has it all.
-
-    Args:
-      weights: `[..., S, H]`, non-negative.
-      mask: `[..., S, H]`.
-
-    Returns:
-      A scalar; 0 where there is no such position.
-
-    Raises:
-      ValueError: shapes that differ.
+    uniform weights, 0 where one head has it all or where there is no such position.
     """
     weights, mask = _masked(weights, mask)
     valid, total = _count(mask, (-1,)), jnp.sum(weights, axis=-1, keepdims=True)

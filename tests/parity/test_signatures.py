@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 
 import pytest
 
@@ -43,13 +44,15 @@ def test_same_docstrings(module):
         assert inspect.getdoc(mirror[name]) == inspect.getdoc(value), name
 
 
-def test_weighting_docstrings_say_what_a_reader_needs():
-    for name, value in public("wmtp_jax", "weighting").items():
+@pytest.mark.parametrize("package", ["wmtp_jax", "wmtp_torch"])
+def test_weighting_docstrings_say_what_a_reader_needs(package):
+    """The module's head says what holds for all functions: arrays by their names, `scope`, errors. Each says the rest."""
+    head = importlib.import_module(f"{package}.weighting").__doc__
+    for name, value in public(package, "weighting").items():
         doc = inspect.getdoc(value)
         for parameter in inspect.signature(value).parameters:
-            assert f"  {parameter}:" in doc, f"{name}: {parameter} is not explained"
-        for section in ("Args:", "Returns:", "Raises:"):
-            assert section in doc, f"{name}: no {section}"
+            explained = re.search(rf"^  (\w+, )*{parameter}(, \w+)*: ", doc, re.MULTILINE)
+            assert explained or f"`{parameter}`" in head, f"{name}: {parameter} is not explained"
 
 
 def test_weighting_takes_arrays_by_position_and_hyperparameters_by_name():
