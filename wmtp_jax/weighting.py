@@ -349,21 +349,28 @@ def combine(weights: Array, mask: Array, *, coefficients: Sequence[float], scope
     return normalize(product, mask, scope=scope)
 
 
-def permute(weights: Array, mask: Array, noise: Array) -> Array:
+def permute(weights: Array, mask: Array, noise: Array, *, groups: Array | None = None) -> Array:
     """The same weights on other tokens: a control that any claim must beat.
 
     The i-th valid entry in flat order gets the weight of the valid entry whose noise has rank i (ties: the lower flat index).
+    With `groups` that holds within each group, so that weights stay in their sequence, head or kind of token.
 
     Args:
       noise: `[..., S, H]`, random numbers.
+      groups: `[..., S, H]` integers, the same for entries among which weights are dealt out; None: all are one group.
     """
     noise, _ = _masked(noise, mask)
     weights, mask = _masked(weights, mask)
-    flat_mask = mask.reshape(-1)
-    keys = (~flat_mask, noise.reshape(-1), jnp.arange(mask.size))
-    source = jax.lax.sort(keys, num_keys=2, is_stable=True)[-1]
-    rank = jnp.cumsum(flat_mask, dtype=jnp.int32) - 1
-    return jnp.where(mask, weights.reshape(-1)[source[rank]].reshape(mask.shape), 0.0)
+    groups = jnp.zeros(mask.shape, jnp.int32) if groups is None else jnp.asarray(groups)
+    check_same_shape(mask=mask, groups=groups)
+    flat, index = weights.reshape(-1), jnp.arange(mask.size)
+    outside, group = ~mask.reshape(-1), groups.reshape(-1)
+    # Valid entries first, group by group: once by their noise, once by their index. What stands at one place in the first order
+    # gives its weight to what stands there in the second.
+    source = jax.lax.sort((outside, group, noise.reshape(-1), index), num_keys=3, is_stable=True)[-1]
+    target = jax.lax.sort((outside, group, index), num_keys=2, is_stable=True)[-1]
+    dealt = jnp.zeros_like(flat).at[target].set(flat[source])
+    return jnp.where(mask, dealt.reshape(mask.shape), 0.0)
 
 
 def normalize(weights: Array, mask: Array, *, scope: Scope) -> Array:

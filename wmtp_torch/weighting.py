@@ -348,21 +348,33 @@ def combine(weights: Array, mask: Array, *, coefficients: Sequence[float], scope
     return normalize(product, mask, scope=scope)
 
 
-def permute(weights: Array, mask: Array, noise: Array) -> Array:
+def permute(weights: Array, mask: Array, noise: Array, *, groups: Array | None = None) -> Array:
     """The same weights on other tokens: a control that any claim must beat.
 
     The i-th valid entry in flat order gets the weight of the valid entry whose noise has rank i (ties: the lower flat index).
+    With `groups` that holds within each group, so that weights stay in their sequence, head or kind of token.
 
     Args:
       noise: `[..., S, H]`, random numbers.
+      groups: `[..., S, H]` integers, the same for entries among which weights are dealt out; None: all are one group.
     """
     noise, _ = _masked(noise, mask)
     weights, mask = _masked(weights, mask)
-    flat_mask = mask.reshape(-1)
-    by_noise = torch.argsort(noise.reshape(-1), stable=True)
-    source = by_noise[torch.argsort((~flat_mask[by_noise]).to(torch.int32), stable=True)]
-    rank = torch.cumsum(flat_mask, dim=0, dtype=torch.int32) - 1
-    return torch.where(mask, weights.reshape(-1)[source[rank]].reshape(mask.shape), 0.0)
+    groups = torch.zeros_like(mask, dtype=torch.int32) if groups is None else torch.as_tensor(groups, device=mask.device)
+    check_same_shape(mask=mask, groups=groups)
+    flat = weights.reshape(-1)
+    outside, group = (~mask).reshape(-1).to(torch.int32), groups.reshape(-1)
+
+    def ordered(order: Array) -> Array:
+        order = order[torch.argsort(group[order], stable=True)]
+        return order[torch.argsort(outside[order], stable=True)]
+
+    # Valid entries first, group by group: once by their noise, once by their index. What stands at one place in the first order
+    # gives its weight to what stands there in the second.
+    source = ordered(torch.argsort(noise.reshape(-1), stable=True))
+    target = ordered(torch.arange(mask.numel(), device=mask.device))
+    dealt = torch.zeros_like(flat).index_copy(0, target, flat[source])
+    return torch.where(mask, dealt.reshape(mask.shape), 0.0)
 
 
 def normalize(weights: Array, mask: Array, *, scope: Scope) -> Array:

@@ -198,12 +198,16 @@ def combine(weights, mask, *, coefficients, scope):
     return _from_scopes(mask, scope, weights_of)
 
 
-def permute(weights, mask, noise):
-    valid = [index for index in np.ndindex(mask.shape) if mask[index]]
-    by_noise = sorted(range(len(valid)), key=lambda i: (float(noise[valid[i]]), i))
+def permute(weights, mask, noise, *, groups=None):
+    members = {}
+    for index in np.ndindex(mask.shape):
+        if mask[index]:
+            members.setdefault(0 if groups is None else int(groups[index]), []).append(index)
     out = np.zeros(mask.shape, np.float64)
-    for i, index in enumerate(valid):
-        out[index] = weights[valid[by_noise[i]]]
+    for valid in members.values():
+        by_noise = sorted(range(len(valid)), key=lambda i: (float(noise[valid[i]]), i))
+        for i, index in enumerate(valid):
+            out[index] = weights[valid[by_noise[i]]]
     return out
 
 

@@ -269,6 +269,24 @@ def test_permute(backend, dtype, data):
     np.testing.assert_array_equal(np.sort(permuted[mask]), np.sort(weights[mask]))
 
 
+@backends_and_types
+@pytest.mark.parametrize("within", ["head", "sequence", "anything"])
+def test_permute_within_groups(backend, dtype, within):
+    shape, random = SHAPES[dtype][0], np.random.default_rng(5)
+    groups = {
+        "head": np.indices(shape)[-1],
+        "sequence": np.indices(shape)[0],
+        "anything": random.integers(-3, 3, shape),
+    }[within].astype(np.int32)
+    mask = random.random(shape) < 0.7
+    weights, noise = random.exponential(size=shape).astype(dtype), random.normal(size=shape).round(1).astype(dtype)
+    permuted = backend.call("permute", weights, mask, noise, jit=False, groups=groups)
+    np.testing.assert_array_equal(permuted, reference.permute(weights, mask, noise, groups=groups).astype(dtype))
+    for group in np.unique(groups):
+        members = mask & (groups == group)
+        np.testing.assert_array_equal(np.sort(permuted[members]), np.sort(weights[members]))
+
+
 # ---- golden vectors --------------------------------------------------------------------------------------------------
 
 GOLDEN_CASES = [
