@@ -14,7 +14,7 @@ import pytest
 from tests.object_store import READER
 from wmtp_jax.checkpoint import mirror
 from wmtp_jax.checkpoint.manifest import MANIFEST, problem, seal, settle
-from wmtp_jax.checkpoint.mirror import Mirror, claim, mirrored, pull, push
+from wmtp_jax.checkpoint.mirror import Mirror, claim, mirrored, pull, push, reconcile
 from wmtp_jax.errors import UserError
 from wmtp_jax.mirror import main as mirror_command
 from wmtp_jax.run.compatible import explained_variance
@@ -196,16 +196,15 @@ def test_a_value_head_there_is_the_best_one_of_its_run(s3, tmp_path):
 
 
 def test_who_may_not_write_there_is_told_before_training(s3, tmp_path, monkeypatch):
-    from wmtp_jax.run.experiment import _join_mirror
-
-    _join_mirror(tmp_path, s3, "auto")
+    reconcile(tmp_path, s3, anew=False)
+    claim(tmp_path, s3)
     assert storage.get(f"{s3}/mirror.json") == (tmp_path / "mirror.json").read_bytes()
     for name, value in READER.items():
         monkeypatch.setenv(name, value)
     storage.client.cache_clear()
     assert storage.listing(s3)
     with pytest.raises(UserError, match="mirror.json: access denied"):
-        _join_mirror(tmp_path, s3, "auto")
+        reconcile(tmp_path, s3, anew=False)
 
 
 def test_a_queue_of_two_is_waited_for(s3, tmp_path, monkeypatch):

@@ -10,8 +10,6 @@ what an upload needs of memory or breaks by is not the training's. Figures: expe
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -21,14 +19,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from wmtp_jax.checkpoint.manifest import DAMAGED, MANIFEST, file_names, parse_manifest, problem, settle
+from wmtp_jax.checkpoint.run_directory import OUTPUTS
 from wmtp_jax.errors import UserError
 from wmtp_jax.storage import s3
-from wmtp_jax.storage.cache import sync
+from wmtp_jax.storage.files import link, locked, sync, write_whole
 
 QUEUE = ".upload"
 OUTSTANDING = 2  # uploads that training does not wait for
@@ -72,7 +71,7 @@ class Mirror:
         partial = self._queue / f"{name}.partial"
         for file in (*file_names(checkpoint), MANIFEST):
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            _link(checkpoint / file, partial / file)
+            link(checkpoint / file, partial / file)
         partial.rename(self._queue / name)
 
     def wait_for_room(self) -> None:
@@ -137,12 +136,34 @@ def mirrored(
         raise UserError(f"{address}: {wrong}; {left}")
 
 
+def reconcile(run: Path, address: str, *, anew: bool) -> None:
+    """Makes a run's directory and its copy agree before the run goes on: what is newer there is fetched, or with `anew` what lies
+    there is removed. First of all the address is written to, so that nothing is fetched or removed for a copy that can't be kept.
+
+    Raises:
+      UserError: the directory is the copy of another run, or the address can't be read or written.
+    """
+    if not anew:
+        _check_claim(run, address)
+    s3.patiently(lambda: s3.put(s3.join(address, ADDRESS_FILE), _note(address)))
+    if anew:
+        names = [stored.name for stored in s3.patiently(lambda: s3.listing(address))]
+        s3.remove(address, [name for name in names if name.partition("/")[0] in OUTPUTS and name != ADDRESS_FILE])
+    else:
+        pull(address, run)
+
+
 def claim(run: Path, address: str) -> None:
     """Notes that a run's directory is mirrored there.
 
     Raises:
       UserError: it is the copy of another run.
     """
+    _check_claim(run, address)
+    write_whole(run / ADDRESS_FILE, _note(address))
+
+
+def _check_claim(run: Path, address: str) -> None:
     path = run / ADDRESS_FILE
     before = json.loads(path.read_bytes())["address"] if path.exists() else address
     if before != address:
@@ -150,9 +171,10 @@ def claim(run: Path, address: str) -> None:
             f"{run}: is the local directory of {before}, not of {address}; give another last name, or --workdir={run} with "
             f"--config.checkpoint.remote={address}"
         )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({"address": address}) + "\n")
-    temporary.replace(path)
+
+
+def _note(address: str) -> bytes:
+    return (json.dumps({"address": address}) + "\n").encode()
 
 
 # ---- from there --------------------------------------------------------------------------------------------------------
@@ -247,6 +269,7 @@ class _Copier:
         self.run, self.address, self._stopped = run, address, stopped
         self._sent: dict[str, tuple[int, int]] = {}  # size and mtime of what was uploaded
         self._told: set[str] = set()  # what is not said twice
+        self._old: dict[str, tuple[int, dict[str, Any]]] = {}  # where there may be too many: the newest step, what is kept
 
     def checkpoint(self, folder: Path, stage: str, step: int) -> None:
         """Uploads a checkpoint, what else the run has written first and the manifest last, and removes old ones."""
@@ -260,19 +283,33 @@ class _Copier:
                 raise UserError(f"{there}/{step}/{name}: has {stored.get(name)} bytes there, {file.stat().st_size} here")
         content = (folder / MANIFEST).read_bytes()
         s3.put(f"{there}/{step}/{MANIFEST}", content)
-        # By then it counts: that old ones can't be removed is no reason to upload it again.
-        self._as_far_as_allowed(
-            lambda: self._prune(there, step, parse_manifest(content)["policy"]), "old checkpoints are not removed there"
-        )
+        self._old[there] = step, parse_manifest(content)["policy"]
+        # By now it counts: that old ones can't be removed is no reason to upload it again.
+        with suppress(s3.Transient):
+            self.prune()
+
+    def prune(self) -> None:
+        """Removes the checkpoints that keep-last and keep-best no longer hold, as far as that is allowed.
+
+        Raises:
+          Transient: it may go well later.
+        """
+        for there, (newest, policy) in list(self._old.items()):
+            with self._as_far_as_allowed("old checkpoints are not removed there"):
+                self._prune(there, newest, policy)
+            del self._old[there]
 
     def abort_uploads(self) -> None:
-        """Removes what uploads that were cut off have left there."""
+        """Removes what uploads that were cut off have left there, if it can."""
         told = "parts of uploads that were cut off are not removed there"
-        self._as_far_as_allowed(lambda: s3.abort_uploads(self.address), told)
+        with suppress(s3.Transient), self._as_far_as_allowed(told):
+            s3.abort_uploads(self.address)
 
-    def _as_far_as_allowed(self, action: Callable[[], None], told: str) -> None:
+    @contextmanager
+    def _as_far_as_allowed(self, told: str) -> Iterator[None]:
+        """Says once, with `told`, that the server refuses what its block does."""
         try:
-            action()
+            yield
         except s3.Transient:
             raise
         except UserError as error:
@@ -320,8 +357,7 @@ def follow(run: Path, address: str, parent: int) -> int:
         return os.getppid() != parent
 
     queue, copier, undelivered = run / QUEUE, _Copier(run, address, stopped=orphaned), ""
-    with (queue / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the child of a run that was killed is gone soon
+    with locked(queue / ".lock", wait=True):  # the child of a run that was killed is gone soon
         for left in queue.glob("*.partial"):
             if time.time() - left.stat().st_mtime > 60:
                 shutil.rmtree(left, ignore_errors=True)
@@ -344,10 +380,13 @@ def follow(run: Path, address: str, parent: int) -> int:
                 if undelivered and not orphaned():
                     _say(f"the checkpoint of step {step} was not uploaded: {undelivered}; training goes on, and so does {run}")
                 if not orphaned():
-                    shutil.rmtree(work[0])
+                    with suppress(FileNotFoundError):  # without locks, the child of a run that was killed may have been here
+                        shutil.rmtree(work[0])
             elif finish:
                 # What could not be delivered when its time came, and is still kept here.
                 undelivered = _tried(lambda: push(run, address, copier), orphaned)
+                if kept := _tried(copier.prune, orphaned):
+                    _say(f"old checkpoints are not removed there: {kept}")
                 return EXIT_UNDELIVERED if undelivered else 0
             else:
                 time.sleep(POLL_SECONDS)
@@ -429,15 +468,6 @@ def _manifests(there: str, steps: list[int]) -> dict[int, dict[str, Any]]:
 def _best(manifests: dict[int, dict[str, Any]], metric: str) -> int | None:
     scores = [(found["metrics"][metric], step) for step, found in manifests.items() if metric in found["metrics"]]
     return min(scores)[1] if scores else None
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
-            raise
-        shutil.copyfile(source, target)  # a file system without links
 
 
 def _say(text: str) -> None:

@@ -70,7 +70,7 @@ def export(
     if remote:
         # Made and checked in the cache, then brought there.
         output, setting = cache_directory() / "exports" / remote.rpartition("/")[2], "XDG_CACHE_HOME"
-        is_there = bool(s3.patiently(lambda: s3.listing(remote)))
+        is_there = bool(s3.patiently(lambda: s3.listing(remote) or s3.stat(remote)))
     else:
         output, setting = Path(output).expanduser().absolute(), "--output"
         is_there = output.exists() and not (output.is_dir() and not any(output.iterdir()))

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from wmtp_jax.checkpoint import run_directory
 from wmtp_jax.checkpoint.manifest import problem
-from wmtp_jax.checkpoint.mirror import ADDRESS_FILE, claim, mirrored, pull
+from wmtp_jax.checkpoint.mirror import claim, mirrored, reconcile
 from wmtp_jax.checkpoint.parameters import FILE as PARAMETERS
 from wmtp_jax.checkpoint.parameters import check_backend, read_metadata, read_parameters
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
@@ -45,7 +45,6 @@ from wmtp_jax.run.stage import Backend, Named, Stage
 from wmtp_jax.run.unpacking import as_placed, load_data, reference_config, trunk_config, value_config
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.storage.redact import redacted
-from wmtp_jax.storage.s3 import join, listing, patiently, put, remove
 from wmtp_jax.stored import rewards
 from wmtp_jax.tracking.model_registry import model_files, model_tags
 from wmtp_jax.tracking.tracker import Tracker
@@ -128,10 +127,12 @@ def run_experiment(
     with held, disk_errors(workdir, setting="--workdir"):
         address = config.checkpoint.remote if processes.first else ""
         if processes.first:
+            if address:
+                reconcile(workdir, address, anew=resume == "never")
             if resume == "never" and run_directory.clear(workdir):
                 print(f"--resume=never: replacing the run in {workdir}")
             if address:
-                _join_mirror(workdir, address, resume)
+                claim(workdir, address)
             if origin is not None and not run_directory.adopt(origin, workdir):
                 print(f"--resume={resume}: {workdir} has checkpoints of its own, and goes on from those")
         run_directory.check_shared(workdir, processes)
@@ -271,19 +272,6 @@ class Experiment:
                     batch_rows=self.config.train.batch_size,
                 )
         raise ValueError(f"reward source {self.config.reward.source!r}: must be likelihood, unit_tests or reward_model")
-
-
-def _join_mirror(workdir: Path, address: str, resume: str) -> None:
-    """Before a run goes on: what is newer in object storage is fetched, or with --resume=never removed. Who may not write there
-    is told so now, and not in a week."""
-    claim(workdir, address)
-    if resume == "never":
-        there = [stored.name for stored in patiently(lambda: listing(address))]
-        remove(address, [name for name in there if name.partition("/")[0] in run_directory.OUTPUTS])
-    else:
-        pull(address, workdir)
-    note = join(address, ADDRESS_FILE)
-    patiently(lambda: put(note, (workdir / ADDRESS_FILE).read_bytes()))
 
 
 def load_reference(

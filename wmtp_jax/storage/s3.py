@@ -112,29 +112,53 @@ def remote_errors(path: str | Path) -> Iterator[None]:
     except (exceptions.IncompleteReadError, RetriesExceededError) as error:
         raise Transient(f"{path}: the connection ended before all of it was there; try again") from error
     except exceptions.ClientError as error:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        kind = Transient if status >= 500 or status == 429 else UserError
+        status = _status(error)
+        # 501 is of a server that does not have what was asked for, and won't tomorrow.
+        kind = Transient if (status >= 500 and status != 501) or status == 429 else UserError
         raise kind(f"{path}: {_refusal(path, error)}") from error
     except (exceptions.BotoCoreError, Boto3Error) as error:
         raise UserError(f"{path}: {_first_line(error)}") from error
 
 
 def listing(path: str | Path) -> list[Stored]:
-    """The objects at `path` (itself: with an empty name) and below it, by name.
+    """The objects below `path`, by name. Asks for names that begin with it and a slash, so a policy may allow no others, and what
+    lies beside it (`20...` beside `2`) costs nothing.
 
     Raises:
       UserError: no such bucket, no credentials, no answer.
     """
     bucket, key = split(path)
+    prefix = key + "/" if key else ""
     found = []
     with remote_errors(path):
-        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=key):
+        for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for entry in page.get("Contents", ()):
-                rest = entry["Key"][len(key) :]
-                # a/bc is not below a/b; a key that ends in a slash stands for a folder.
-                if (rest == "" or rest.startswith("/") or not key) and not rest.endswith("/"):
-                    found.append(Stored(rest.lstrip("/"), entry["Size"], entry["ETag"].strip('"')))
+                # A key that ends in a slash stands for a folder.
+                if not entry["Key"].endswith("/"):
+                    found.append(Stored(entry["Key"][len(prefix) :], entry["Size"], entry["ETag"].strip('"')))
     return sorted(found)
+
+
+def stat(path: str | Path) -> Stored | None:
+    """The object at `path` itself, with an empty name; None where there is none.
+
+    Raises:
+      UserError: no such bucket, no credentials, no answer.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(path)
+    if not key:
+        return None
+    with remote_errors(path):
+        try:
+            head = client().head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            # 403: a policy for what is below it alone; or no right to list, where S3 does not say that there is nothing.
+            if _status(error) in (403, 404):
+                return None
+            raise
+    return Stored("", head["ContentLength"], head["ETag"].strip('"'))
 
 
 def patiently(read: Callable[[], _T]) -> _T:
@@ -183,11 +207,12 @@ def fetched(path: str) -> Path:
 
 
 def _fetched(path: str) -> Path:
-    found = listing(path)
+    found, itself = listing(path), stat(path)
+    # Some programs mark a folder by an empty object of its name.
+    if itself is not None and (itself.size or not found):
+        return fetch(path, [itself]) / path.rpartition("/")[2]
     if not found:
         raise UserError(f"{path}: there is nothing under this name")
-    if found[0].name == "":
-        return fetch(path, found[:1]) / path.rpartition("/")[2]
     from wmtp_jax.checkpoint.manifest import MANIFEST
 
     if any(stored.name == MANIFEST for stored in found):  # RUN/checkpoints/STEP
@@ -210,7 +235,7 @@ def outputs(path: str | Path) -> Path:
     path = join(path)
 
     def fetch_them() -> Path:
-        found = [stored for stored in listing(path) if stored.name and "checkpoints/" not in stored.name]
+        found = [stored for stored in listing(path) if "checkpoints/" not in stored.name]
         if not found:
             raise UserError(f"{path}: there is no run under this name")
         return fetch(path, found)
@@ -261,11 +286,7 @@ def download(path: str, directory: Path, objects: Iterable[Stored]) -> None:
       UserError: it can't be had, other bytes came than are there, or an object's name leads out of the directory.
     """
     bucket, key = split(path)
-    objects = list(objects)
-    for stored in objects:
-        # A key is any text; who may write there must not choose where files are made here.
-        if {"..", "."} & set(stored.name.split("/")) or stored.name.startswith("/"):
-            raise UserError(f"{path}: has an object named {stored.name!r}, which is no path below a directory; remove it there")
+    objects = _as_files(path, objects)
     targets = {stored: directory / (stored.name or key.rpartition("/")[2]) for stored in objects}
     with remote_errors(path), _transfers() as transfers:
         futures = []
@@ -334,12 +355,26 @@ def remove(path: str, names: Iterable[str]) -> None:
     keys = ["/".join(filter(None, (key, name))) for name in names]
     with remote_errors(path):
         for start in range(0, len(keys), 1000):
-            objects = [{"Key": name} for name in keys[start : start + 1000]]
-            answer = client().delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
-            # An answer of 200 that tells, key by key, what was not done.
-            for refused in answer.get("Errors", ())[:1]:
-                said = f"{refused.get('Code', '')} {refused.get('Message', '')}".strip()
-                raise UserError(f"s3://{bucket}/{refused.get('Key', '')}: can't be removed ({said}); give the right to delete")
+            _remove(bucket, keys[start : start + 1000])
+
+
+def _remove(bucket: str, keys: list[str]) -> None:
+    from botocore.exceptions import ClientError
+
+    try:
+        objects = [{"Key": key} for key in keys]
+        answer = client().delete_objects(Bucket=bucket, Delete={"Objects": objects, "Quiet": True})
+    except ClientError as error:
+        if _status(error) not in (400, 405, 411, 501):
+            raise
+        # A server without bulk deletion, or one that wants a Content-MD5 for it, which boto3 does not send.
+        for key in keys:
+            client().delete_object(Bucket=bucket, Key=key)
+        return
+    # An answer of 200 that tells, key by key, what was not done.
+    for refused in answer.get("Errors", ())[:1]:
+        said = f"{refused.get('Code', '')} {refused.get('Message', '')}".strip()
+        raise UserError(f"s3://{bucket}/{refused.get('Key', '')}: can't be removed ({said}); give the right to delete")
 
 
 def abort_uploads(path: str) -> None:
@@ -352,6 +387,21 @@ def abort_uploads(path: str) -> None:
 
 
 # ---- pieces of the above ---------------------------------------------------------------------------------------------
+
+
+def _as_files(path: str, objects: Iterable[Stored]) -> list[Stored]:
+    """Those of the objects that are files of a directory here; refuses names that no directory can have."""
+    objects = list(objects)
+    names = (stored.name.split("/") for stored in objects)
+    folders = {"/".join(parts[:end]) for parts in names for end in range(1, len(parts))}
+    for stored in objects:
+        # A key is any text; who may write there must not choose where files are made here.
+        if {"..", "."} & set(stored.name.split("/")) or stored.name.startswith("/"):
+            raise UserError(f"{path}: has an object named {stored.name!r}, which is no path below a directory; remove it there")
+        if stored.name in folders and stored.size:
+            both = f"{join(path, stored.name)}: is an object, and others lie below its name, which no directory here can hold"
+            raise UserError(f"{both}; rename it there")
+    return [stored for stored in objects if stored.name not in folders]
 
 
 def _run(path: str, found: list[Stored], step: int | None) -> Path:
@@ -383,13 +433,19 @@ def _transfers() -> Iterator[Any]:
 
 def _matches(file: Path, stored: Stored, bucket: str, key: str) -> bool:
     """Whether a file has the content that the server's ETag tells of, where that is an MD5 (of the parts' MD5s)."""
+    from botocore.exceptions import ClientError
+
     if not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", stored.etag):
         return True
     digest, _, parts = stored.etag.partition("-")
     name = "/".join(filter(None, (key, stored.name)))
     with remote_errors(f"s3://{bucket}/{name}"):
-        number = {"PartNumber": 1} if parts else {}
-        head = client().head_object(Bucket=bucket, Key=name, **number)
+        try:
+            head = client().head_object(Bucket=bucket, Key=name, **({"PartNumber": 1} if parts else {}))
+        except ClientError as error:
+            if _status(error) not in (400, 405, 501):
+                raise
+            return True  # a server that doesn't tell of a part
     if "kms" in head.get("ServerSideEncryption", "") or "SSECustomerAlgorithm" in head:
         return True  # the ETag is of what is encrypted
     size = head["ContentLength"]
@@ -425,9 +481,21 @@ def _regular_expression(pattern: str) -> str:
     return "".join(parts)
 
 
+def _status(error: Any) -> int:
+    """The HTTP status of botocore's ClientError; 0 where it has none."""
+    return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+
+
+# What boto3 adds to requests since 2025, and servers of other makers do not know; the variable that has it left out.
+_CHECKSUMS = {
+    **dict.fromkeys(("PutObject", "UploadPart", "CreateMultipartUpload"), "AWS_REQUEST_CHECKSUM_CALCULATION"),
+    **dict.fromkeys(("GetObject", "HeadObject"), "AWS_RESPONSE_CHECKSUM_VALIDATION"),
+}
+
+
 def _refusal(path: str | Path, error: Any) -> str:
-    said, status = error.response.get("Error", {}), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    code = said.get("Code", "")
+    said, status = error.response.get("Error", {}), _status(error)
+    code, message = said.get("Code", ""), _first_line(said.get("Message") or error)
     match code:
         case "NoSuchBucket":
             return f"there is no bucket {split(path)[0]!r}; make it, or name another"
@@ -437,7 +505,11 @@ def _refusal(path: str | Path, error: Any) -> str:
             return f"the server does not accept the credentials ({code}); check AWS_ACCESS_KEY_ID, AWS_PROFILE or the role"
         case "AccessDenied" | "403" | "AllAccessDisabled":
             return f"access denied ({code}); the credentials that boto3 found have no right to it"
-    return f"the server answered {status} {code}: {_first_line(said.get('Message') or error)}"
+    refused = f"the server answered {status} {code}: {message}"
+    if error.operation_name in _CHECKSUMS and (status == 501 or re.search("checksum|trailer|sha256|md5", message, re.IGNORECASE)):
+        variable = _CHECKSUMS[error.operation_name]
+        return f"{refused}; it may not know the checksums that boto3 sends: set {variable}=when_required"
+    return refused
 
 
 def _first_line(error: object) -> str:
