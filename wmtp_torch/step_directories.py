@@ -7,7 +7,6 @@ and renamed when it is complete.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,6 +20,7 @@ from wmtp_jax.checkpoint.mirror import Mirror
 from wmtp_jax.checkpoint.parameters import write_arrays
 from wmtp_jax.checkpoint.run_directory import write_json
 from wmtp_jax.errors import check_room, disk_errors
+from wmtp_jax.storage.files import sync
 
 _PARTIAL = ".partial"
 _METRICS = "metrics.json"
@@ -111,9 +111,7 @@ class StepDirectories:
         write_json(partial / _METRICS, dict(metrics))
         seal(partial, step, metrics=metrics, keep_last=self.keep_last, best_metric=self.best_metric)
         partial.rename(self.path(step))
-        descriptor = os.open(self.directory, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(self.directory)
         if self._mirror is not None:
             self._mirror.hand_over(self.path(step))
         for old in set(self.steps()) - {*self.steps()[-self.keep_last :], self.best_step()}:

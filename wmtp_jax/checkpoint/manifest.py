@@ -7,7 +7,6 @@ damaged. Either is left for the one before.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import zlib
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage.files import sync, write_whole
 
 MANIFEST = "MANIFEST.json"
 DAMAGED = "damaged"
@@ -43,19 +43,16 @@ def seal(
       metrics: of the evaluation of this state, if there was one.
       keep_last, best_metric: by which old ones are removed from object storage, too.
     """
-    files = {
-        name: {"size": (directory / name).stat().st_size, "crc32": checksum(directory / name)}
-        for name in file_names(directory)
-    }
+    files = {}
+    for name in file_names(directory):
+        path = directory / name
+        sync(path)
+        files[name] = {"size": path.stat().st_size, "crc32": checksum(path)}
     policy = {"keep_last": keep_last, "best_metric": best_metric}
     content = {"format": FORMAT, "step": step, "metrics": dict(metrics or {}), "policy": policy, "files": files}
     text = json.dumps(content)
-    temporary = directory / f".{MANIFEST}.tmp"
-    with temporary.open("w") as file:
-        json.dump({"crc32": f"{zlib.crc32(text.encode()):08x}", "manifest": text}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(directory / MANIFEST)
+    outer = {"crc32": f"{zlib.crc32(text.encode()):08x}", "manifest": text}
+    write_whole(directory / MANIFEST, json.dumps(outer).encode())
 
 
 def parse_manifest(content: bytes) -> dict[str, Any]:
@@ -101,7 +98,7 @@ def problem(directory: Path) -> str:
 def file_names(directory: Path) -> list[str]:
     """Names of the files of a checkpoint, the manifest aside."""
     paths = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    return sorted(path for path in paths if path not in (MANIFEST, f".{MANIFEST}.tmp"))
+    return sorted(path for path in paths if path != MANIFEST and not path.startswith(f".{MANIFEST}."))
 
 
 def settle(checkpoints: Path, *, elsewhere: bool = False) -> int | None:
@@ -134,6 +131,6 @@ def settle(checkpoints: Path, *, elsewhere: bool = False) -> int | None:
         target = checkpoints.parent / DAMAGED / str(step)
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
-        (checkpoints / str(step)).rename(target)
+        shutil.move(checkpoints / str(step), target)  # to another disk, where checkpoints/ is a link
         print(f"checkpoint of step {step} is left out: {found} (moved to {target})", file=sys.stderr, flush=True)
     return newest

@@ -35,6 +35,7 @@ from wmtp_jax.model import ModelSettings, Parameters, abstract_parameters, flatt
 from wmtp_jax.parallel import sharding
 from wmtp_jax.parallel.processes import ALONE, Processes
 from wmtp_jax.parallel.sharding import gather
+from wmtp_jax.storage import files
 from wmtp_jax.train_step import TrainState
 
 BACKEND = "jax"
@@ -77,6 +78,8 @@ class Checkpoints:
             if processes.first and settle(directory) is not None:
                 check_backend(find_checkpoint(directory), BACKEND)
             processes.barrier("settled")
+            directory.mkdir(parents=True, exist_ok=True)
+            _adapt_to_file_system(directory)
             self._checkpointer = ocp.training.Checkpointer(
                 directory.absolute(),
                 preservation_policy=policies.AnyPreservationPolicy(keep),
@@ -240,6 +243,21 @@ def _named(tree: Any) -> dict[str, Any]:
 
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {name(path): leaf for path, leaf in leaves if hasattr(leaf, "shape")}
+
+
+def _adapt_to_file_system(directory: Path) -> None:
+    """Has tensorstore, which writes the optimizer's state, do without what the file system of a directory lacks. Orbax offers no
+    setting for it. Files that stand for locks do for files that one process writes; `seal` syncs what it lists."""
+    lacks: dict[str, Any] = {}
+    if not files.has_record_locks(directory):
+        lacks["file_io_locking"] = {"mode": "lockfile"}
+    if not files.sync(directory):
+        lacks["file_io_sync"] = False
+    if lacks:
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        for context in (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT):
+            context.update(lacks)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.errors import UserError
 from wmtp_jax.pretrained.safetensors_file import StoredTensor, read_header
+from wmtp_jax.storage.files import sync_descriptor
 from wmtp_jax.trainable import merge_adapters
 
 FORMAT = 2
@@ -52,7 +52,7 @@ def write_arrays(path: Path, named: Mapping[str, np.ndarray], metadata: Mapping[
         for piece in (len(raw).to_bytes(8, "little"), raw, *parts):
             file.write(piece)
         file.flush()
-        os.fsync(file.fileno())
+        sync_descriptor(file.fileno())
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

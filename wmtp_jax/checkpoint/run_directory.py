@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
+import io
 import json
-import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from wmtp_jax.checkpoint.manifest import MANIFEST
 from wmtp_jax.config import flatten
 from wmtp_jax.errors import UserError
 from wmtp_jax.parallel.processes import Processes
-from wmtp_jax.storage import s3
+from wmtp_jax.storage import files, s3
 from wmtp_jax.storage.redact import redacted
 
 CHECKPOINTS = "checkpoints"
@@ -58,17 +58,18 @@ def locked(directory: Path, *, flag: str = "--workdir") -> Iterator[None]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(f"{flag}={directory}: {error.strerror.lower()}; choose another directory") from error  # pyrefly: ignore[missing-attribute]
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = stack.enter_context(files.locked(directory / ".lock", wait=False))
         except BlockingIOError as error:
             raise UserError(f"{flag}={directory}: another run is writing here; choose another directory") from error
+        except OSError as error:
+            raise UserError(f"{flag}={directory}: {error.strerror.lower()}; choose another directory") from error  # pyrefly: ignore[missing-attribute]
+        if not held:
+            print(f"{directory}: its file system has no locks; see to it that no other run writes there", file=sys.stderr)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def check_shared(directory: Path, processes: Processes) -> None:
@@ -123,8 +124,9 @@ def adopt(checkpoint: Path, directory: Path) -> bool:
         shutil.copyfile(source / "metrics.jsonl", directory / "metrics.jsonl")
     target.mkdir(exist_ok=True)
     # Last, and by a rename: an interrupted copy leaves no checkpoint, and is made again.
-    shutil.copytree(checkpoint, directory / ".checkpoint.tmp", dirs_exist_ok=True)
-    (directory / ".checkpoint.tmp").rename(target / checkpoint.name)
+    partial = target / f"{checkpoint.name}.partial"
+    shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
+    partial.rename(target / checkpoint.name)
     return True
 
 
@@ -170,18 +172,15 @@ def check_continues(config: ConfigDict, stored: dict[str, Any], where: Path) -> 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    files.write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
     """Writes an .npz file, its folder included, so that a reader sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **{name: np.asarray(value) for name, value in arrays.items()})
-    temporary.replace(path)
+    content = io.BytesIO()
+    np.savez_compressed(content, **{name: np.asarray(value) for name, value in arrays.items()})
+    files.write_whole(path, content.getvalue())
 
 
 def _flatten_plain(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -31,13 +31,13 @@ Every file is written whole or not at all, but for the .jsonl of samples and ver
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from wmtp_jax.checkpoint.run_directory import write_json
 from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.storage.files import sync_descriptor
 
 FLAG = "--output"
 
@@ -103,7 +103,7 @@ def append(path: Path, entries: Iterable[dict[str, Any]]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(entry) + "\n" for entry in entries))
             file.flush()
-            os.fsync(file.fileno())
+            sync_descriptor(file.fileno())
 
 
 def chunks(items: range, size: int) -> Iterator[range]:

@@ -35,6 +35,7 @@ from wmtp_jax.run.inputs import check_vocabulary, describe_base, end_tokens, is_
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.storage import s3
 from wmtp_jax.storage.cache import cache_directory
+from wmtp_jax.storage.files import sync
 from wmtp_jax.tokenizer.sentencepiece import find_model
 from wmtp_jax.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -312,6 +313,4 @@ def _upload(directory: Path, address: str) -> None:
 def _sync(directory: Path) -> None:
     """Through to the disk, so that a name never stands for files that are not there."""
     for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(path)

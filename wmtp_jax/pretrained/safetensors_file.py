@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from wmtp_jax.errors import UserError
 from wmtp_jax.pretrained.pages import own_pages
+from wmtp_jax.storage.files import sync_descriptor
 
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _PIECE = 1 << 20  # values read at a time
@@ -152,4 +152,4 @@ def write_file(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], Callable
             for first in range(0, shape[0], rows):
                 file.write(np.ascontiguousarray(array[first : first + rows]).data)
         file.flush()
-        os.fsync(file.fileno())
+        sync_descriptor(file.fileno())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from wmtp_jax.storage import files
 
 _log = logging.getLogger(__name__)
 _PARTIAL = ".partial"
@@ -31,50 +33,51 @@ def make_once(directory: Path, build: Callable[[Path], None]) -> None:
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(directory.name + _PARTIAL)
-    with _lock(directory, wait=True):
+    with _lock(directory, wait=True) as held:
         if directory.is_dir():
             return
-        for left in directory.parent.glob("*" + _PARTIAL):
-            _remove_abandoned(left, held=left == partial)
+        if held:
+            for left in directory.parent.glob("*" + _PARTIAL):
+                _remove_abandoned(left, held=left == partial)
+        else:
+            # A file system without locks: each process builds its own, and the first that is done has it.
+            partial = partial.with_name(f"{secrets.token_hex(4)}-{partial.name}")
         try:
             partial.mkdir()
             build(partial)
             for path in partial.rglob("*"):
-                sync(path)
-            partial.rename(directory)
-            sync(directory.parent)
+                files.sync(path)
+            try:
+                partial.rename(directory)
+            except OSError:
+                if held or not directory.is_dir():
+                    raise
+            files.sync(directory.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replaces a file as a whole: a reader sees the old content or the new, never a part."""
+    """Replaces a file as a whole, its directory included; see `files.write_whole`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}{_PARTIAL}")
-    try:
-        partial.write_bytes(content)
-        sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write_whole(path, content)
 
 
 @contextlib.contextmanager
 def _lock(directory: Path, *, wait: bool) -> Iterator[bool]:
-    """The right to build `directory`, given up with the process however it ends; yields whether it was to be had."""
-    descriptor = os.open(directory.with_name(f".{directory.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    """The right to build `directory`, given up with the process however it ends; yields whether it was to be had: not where
+    another process has it, nor on a file system without locks."""
+    lock = directory.with_name(f".{directory.name}.lock")
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = stack.enter_context(files.locked(lock, wait=False))
         except BlockingIOError:
             if not wait:
                 yield False
                 return
             _log.info("waiting for another process that is making %s", directory)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield True
-    finally:
-        os.close(descriptor)
+            held = stack.enter_context(files.locked(lock, wait=True))
+        yield held
 
 
 def _remove_abandoned(partial: Path, *, held: bool) -> None:
@@ -82,12 +85,3 @@ def _remove_abandoned(partial: Path, *, held: bool) -> None:
     with contextlib.nullcontext(True) if held else _lock(Path(str(partial).removesuffix(_PARTIAL)), wait=False) as free:
         if free:
             shutil.rmtree(partial)
-
-
-def sync(path: Path) -> None:
-    """Has the disk hold what was written to a file, or which names a directory has."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,22 +64,36 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def sync(path: Path) -> None:
-    """Has the disk hold what was written to a file, or which names a directory has, where the file system can say so."""
+def sync(path: Path) -> bool:
+    """Has the disk hold what was written to a file, or which names a directory has; False where the file system can't say so."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        sync_descriptor(descriptor)
+        return sync_descriptor(descriptor)
     finally:
         os.close(descriptor)
 
 
-def sync_descriptor(descriptor: int) -> None:
+def sync_descriptor(descriptor: int) -> bool:
     """`sync` of an open file or directory."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
+        return False
+    return True
+
+
+def has_record_locks(directory: Path) -> bool:
+    """Whether files of a directory can be locked by `fcntl`, as tensorstore and sqlite do."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+            return False
+    return True
 
 
 def write_whole(path: Path, content: bytes) -> None:

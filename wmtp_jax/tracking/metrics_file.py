@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage.files import sync_descriptor
 
 METRICS_FILE = "metrics.jsonl"
 RESERVED = ("step", "stage", "time", "nonfinite")
@@ -77,7 +78,7 @@ class MetricsFile:
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o644)
             append(descriptor, b"".join(raw for _, raw in rows[:kept]))
-            os.fsync(descriptor)
+            sync_descriptor(descriptor)
             temporary.replace(self.path)
         except OSError as error:
             raise UserError(f"{self.path}: can't write the metrics here: {error.strerror}") from error
