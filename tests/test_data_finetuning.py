@@ -167,8 +167,7 @@ def test_prompts_without_a_problem_stay_on_one_side_too(tmp_path):
     assert len(sides) == 40 and all(len(found) == 1 for found in sides.values())
 
 
-@pytest.mark.parametrize("use_grain", [True, False])
-def test_batches_carry_the_mask_and_more_columns_and_resume_to_the_byte(graded, use_grain):
+def test_batches_carry_the_mask_and_more_columns_and_resume_to_the_byte(graded):
     corpus = graded[2]
     extra = [
         {
@@ -178,7 +177,7 @@ def test_batches_carry_the_mask_and_more_columns_and_resume_to_the_byte(graded, 
         for source in corpus.sources
     ]
     corpus = corpus.with_columns(extra)
-    options = dict(batch_size=4, num_heads=3, seed=1, use_grain=use_grain)
+    options = dict(batch_size=4, num_heads=3, seed=1)
     with Batches(corpus, **options) as batches:
         whole = [next(batches) for _ in range(12)]
     with Batches(corpus, start_position=20, **options) as batches:
@@ -206,7 +205,7 @@ def test_sources_of_one_corpus_have_the_same_columns(graded, tmp_path):
     columns = corpus.sources[0].train.columns
     np.testing.assert_array_equal(columns["loss_mask"], columns["segment_ids"] > 0)
     assert (columns["segment_ids"][:-1] > 0).all(), "plain text is packed without gaps beside documents that stay whole"
-    with Batches(corpus, batch_size=4, num_heads=2, seed=0, use_grain=False) as batches:
+    with Batches(corpus, batch_size=4, num_heads=2, seed=0) as batches:
         for _ in range(10):
             next(batches)
 

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from wmtp_jax.data import pipeline
 from wmtp_jax.data.corpus import Corpus, PackedSource
 from wmtp_jax.data.order import permute
 from wmtp_jax.data.packing import Rows
@@ -43,7 +45,7 @@ def first_tokens(batch):
 
 
 def take(corpus, count, **options):
-    with Batches(corpus, **{"batch_size": 6, "num_heads": 2, "seed": 0, "use_grain": False} | options) as batches:
+    with Batches(corpus, **{"batch_size": 6, "num_heads": 2, "seed": 0} | options) as batches:
         return [next(batches) for _ in range(count)]
 
 
@@ -120,19 +122,32 @@ def test_the_seed_decides():
     assert [first_tokens(b) for b in take(corpus, 5, seed=1)] != [first_tokens(b) for b in take(corpus, 5, seed=2)]
 
 
-@pytest.mark.parametrize("use_grain", [True, False])
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_the_thread_gives_the_same_bytes(prefetch):
+    corpus = corpus_of(23, 9, weights=(1.0, 2.0))
+    same(take(corpus, 12, prefetch=prefetch), take(corpus, 12, prefetch=0))
+
+
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_grain_and_the_thread_give_the_same_bytes(use_grain, prefetch):
-    corpus = corpus_of(23, 9, weights=(1.0, 2.0))
-    same(take(corpus, 12, use_grain=use_grain, prefetch=prefetch), take(corpus, 12, prefetch=0))
+def test_so_many_batches_are_prepared_ahead(prefetch, monkeypatch):
+    made = []
+    make = pipeline.make_batch
+    monkeypatch.setattr(pipeline, "make_batch", lambda *a, **options: made.append(1) or make(*a, **options))
+    with Batches(corpus_of(50), batch_size=2, num_heads=1, seed=0, prefetch=prefetch) as batches:
+        for taken in range(1, 4):
+            next(batches)
+            until = time.monotonic() + 10
+            while len(made) < taken + prefetch and time.monotonic() < until:
+                time.sleep(0.001)
+            assert len(made) == taken + prefetch
 
 
-@pytest.mark.parametrize("use_grain", [True, False])
-def test_resume_at_any_position_with_any_process_count(use_grain):
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_resume_at_any_position_with_any_process_count(prefetch):
     corpus = corpus_of(23, 9, weights=(1.0, 2.0))
-    whole = take(corpus, 12, use_grain=use_grain)
+    whole = take(corpus, 12)
     for done in range(12):
-        with Batches(corpus, batch_size=6, num_heads=2, seed=0, use_grain=use_grain) as before:
+        with Batches(corpus, batch_size=6, num_heads=2, seed=0, prefetch=prefetch) as before:
             for _ in range(done):
                 next(before)
             position = before.position
@@ -145,7 +160,7 @@ def test_resume_at_any_position_with_any_process_count(use_grain):
                     start_position=position,
                     process_index=p,
                     process_count=count,
-                    use_grain=use_grain,
+                    prefetch=prefetch,
                 )
                 for p in range(count)
             ]
@@ -178,10 +193,9 @@ def test_other_columns_come_along_and_the_loss_mask_is_used():
     np.testing.assert_array_equal(batch["reference_loss"], columns["reference_loss"][[2, 1]])
 
 
-@pytest.mark.parametrize("use_grain", [True, False])
-def test_closing_ends_the_thread(use_grain):
+def test_closing_ends_the_thread():
     before = set(threading.enumerate())
-    batches = Batches(corpus_of(50), batch_size=2, num_heads=1, seed=0, prefetch=3, use_grain=use_grain)
+    batches = Batches(corpus_of(50), batch_size=2, num_heads=1, seed=0, prefetch=3)
     next(batches)
     batches.close()
     for thread in set(threading.enumerate()) - before:
@@ -193,8 +207,8 @@ def test_closing_ends_the_thread(use_grain):
 def test_an_error_in_the_background_reaches_the_caller():
     corpus = corpus_of(10)
     del corpus.sources[0].train.columns["segment_ids"]
-    for use_grain in (True, False):
-        with Batches(corpus, batch_size=2, num_heads=1, seed=0, use_grain=use_grain) as batches:
+    for prefetch in (0, 2):
+        with Batches(corpus, batch_size=2, num_heads=1, seed=0, prefetch=prefetch) as batches:
             with pytest.raises(KeyError, match="segment_ids"):
                 next(batches)
 
@@ -240,6 +254,15 @@ def test_distinct_rows_are_those_that_a_run_has_seen(sizes, weights, stop):
     assert Counter(distinct) == Counter(set(seen)) and distinct == list(dict.fromkeys(seen))
 
 
+def test_distinct_rows_come_in_blocks_and_end_when_all_were_there(monkeypatch):
+    monkeypatch.setattr(pipeline, "_ROWS_AT_ONCE", 4)
+    corpus = corpus_of(20, 10, weights=(1, 3))
+    seen = [t for batch in take(corpus, 95, batch_size=1) for t in first_tokens(batch)]
+    for stop in (13, 95, 10**15):  # so many positions would take for ever
+        blocks = [rows["tokens"][:, 0].tolist() for rows in distinct_training_rows(corpus, seed=0, stop=stop)]
+        assert [t for block in blocks for t in block] == list(dict.fromkeys(seen[:stop])) and max(map(len, blocks)) <= 4
+        assert blocks[-1] or stop < 95
+
 WITHOUT_JAX = """
 import importlib.abc, hashlib, sys
 class Refuse(importlib.abc.MetaPathFinder):
@@ -252,7 +275,7 @@ from wmtp_jax.storage import cache
 from wmtp_jax.tokenizer import tokenizer
 found = corpus.load_corpus([sys.argv[1]], cache_dir=sys.argv[2], sequence_length=16, vocabulary_size=280, validation_fraction=0.3)
 digest = hashlib.sha256()
-with pipeline.Batches(found, batch_size=4, num_heads=3, seed=1, start_position=8, use_grain=sys.argv[4] == "grain") as batches:
+with pipeline.Batches(found, batch_size=4, num_heads=3, seed=1, start_position=8) as batches:
     for _ in range(20):
         for name, array in sorted(next(batches).items()):
             digest.update(name.encode() + array.tobytes())
@@ -261,13 +284,13 @@ print(found.hash, digest.hexdigest())
 """
 
 
-def test_the_same_bytes_where_jax_or_grain_cannot_be_imported(tmp_path):
+def test_the_same_bytes_where_jax_cannot_be_imported(tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": f"text number {n} " * 5}) + "\n" for n in range(60)))
     outputs = {}
-    for blocked, reader in (("none", "grain"), ("jax,jaxlib,flax", "thread"), ("jax,jaxlib,flax,grain", "grain")):
+    for blocked in ("none", "jax,jaxlib,flax"):
         cache_dir = tmp_path / hashlib.sha256(blocked.encode()).hexdigest()
         run = subprocess.run(
-            [sys.executable, "-c", WITHOUT_JAX, f"jsonl:{tmp_path}/d.jsonl", str(cache_dir), blocked, reader],
+            [sys.executable, "-c", WITHOUT_JAX, f"jsonl:{tmp_path}/d.jsonl", str(cache_dir), blocked],
             capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ":".join(filter(None, sys.path))},
         )  # fmt: skip
         assert run.returncode == 0, run.stderr

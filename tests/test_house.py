@@ -241,7 +241,7 @@ def test_all_others_and_the_torch_backend_do_without_jax(modules):
 
 
 def test_the_method_needs_only_jax_flax_optax_and_numpy():
-    blocked = ["absl_flags", "grain", "ml_collections", "mlflow", "tokenizers", "torch", "transformers"]
+    blocked = ["absl_flags", "ml_collections", "mlflow", "tokenizers", "torch", "transformers"]
     done = import_without(METHOD, blocked)
     assert done.returncode == 0, done.stderr
 

@@ -181,7 +181,7 @@ def _run(
         checkpoints=Checkpoints, state=state, update=lambda state, batch: step(state, _move(batch, device)),
         explain=_explain, peak_flops=_peak_flops(device), **functions,
     )  # fmt: skip
-    return loop.run(training, stage.config, stage.directory, stage.corpus, signals, use_grain=False)
+    return loop.run(training, stage.config, stage.directory, stage.corpus, signals)
 
 
 @torch.no_grad()

@@ -123,7 +123,7 @@ def train_head(
 
     found = []
     options = {"batch_size": config.train.batch_size, "num_heads": 1, "seed": config.train.seed}
-    with Batches(corpus, **options, use_grain=False) as batches:
+    with Batches(corpus, **options) as batches:
         for step in range(1, config.train.steps + 1):
             state = update(state, read_batch(next(batches), states))
             if step % config.eval.every == 0 or step == config.train.steps:

@@ -1,4 +1,4 @@
-"""Rows to batches: in which order, for which process, from which position on; prefetched by grain where it is there.
+"""Rows to batches: in which order, for which process, from which position on; prepared ahead by a thread.
 
 The position is one integer, the rows that all processes together have consumed, and every batch is a pure function of
 it: a run resumes from that number alone, with another number of processes too, and needs no iterator's state.
@@ -7,11 +7,9 @@ it: a run resumes from that number alone, with another number of processes too, 
 from __future__ import annotations
 
 import collections
-import sys
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -112,9 +110,17 @@ class Batches:
     """
 
     def __init__(
-        self, corpus: Corpus, *, batch_size: int, num_heads: int, seed: int, start_position: int = 0,
-        process_index: int = 0, process_count: int = 1, prefetch: int = 2, use_grain: bool = True,
-    ):  # fmt: skip
+        self,
+        corpus: Corpus,
+        *,
+        batch_size: int,
+        num_heads: int,
+        seed: int,
+        start_position: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int = 2,
+    ):
         """Starts at a position; prefetching begins with the first batch.
 
         Args:
@@ -124,32 +130,31 @@ class Batches:
           seed: of the order of rows.
           start_position: where to go on.
           process_index, process_count: whose share of each batch.
-          prefetch: batches prepared ahead; 0: none, in the caller's thread.
-          use_grain: let grain prefetch if it is installed. Its import loads jax where jax is installed; without it a
-            thread of our own does the same. The batches are the same.
+          prefetch: batches that a thread prepares ahead; 0: none, in the caller's thread.
 
         Raises:
           UserError: a global batch that the processes can't share.
         """
         self.position = start_position
-        self._batch_size = batch_size
-        parts = [source.train for source in corpus.sources]
-        order = RowOrder([len(part) for part in parts], corpus.weights, seed)
-        share = _share(batch_size, process_index, process_count)
-
-        def batch_at(number: int) -> Batch:
-            sources, rows = order(start_position + number * batch_size + share)
-            return make_batch(_gather(parts, sources, rows), num_heads=num_heads)
-
-        grain = _import_grain() if use_grain else None
-        ahead = _ThreadPrefetch(batch_at, prefetch) if grain is None else _grain_prefetch(grain, batch_at, prefetch)
-        self._ahead: Any = ahead  # an iterator with `close`
+        self._batch_size, self._num_heads = batch_size, num_heads
+        self._parts = [source.train for source in corpus.sources]
+        self._order = RowOrder([len(part) for part in self._parts], corpus.weights, seed)
+        self._share = _share(batch_size, process_index, process_count)
+        self._starts = itertools.count(start_position, batch_size)
+        self._prefetch = prefetch
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
+        self._ahead: collections.deque[Future[Batch]] = collections.deque()
 
     def __iter__(self) -> Batches:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._ahead)
+        if self._pool is None:
+            batch = self._batch_at(next(self._starts))
+        else:
+            while len(self._ahead) <= self._prefetch:
+                self._ahead.append(self._pool.submit(self._batch_at, next(self._starts)))
+            batch = self._ahead.popleft().result()
         self.position += self._batch_size
         return batch
 
@@ -161,7 +166,13 @@ class Batches:
 
     def close(self) -> None:
         """Ends the prefetching; no batch comes after."""
-        self._ahead.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _batch_at(self, position: int) -> Batch:
+        """This process's share of the global batch that begins at a position."""
+        sources, rows = self._order(position + self._share)
+        return make_batch(_gather(self._parts, sources, rows), num_heads=self._num_heads)
 
 
 def validation_batches(
@@ -235,50 +246,3 @@ def _gather(parts: Sequence[Rows], sources: np.ndarray, rows: np.ndarray) -> dic
         for name, values in parts[source][rows[here]].items():
             gathered[name][here] = values
     return gathered
-
-
-def _import_grain() -> ModuleType | None:
-    try:
-        import grain
-    except ImportError:
-        return None
-    return grain
-
-
-def _grain_prefetch(grain: ModuleType, batch_at: Callable[[int], Batch], prefetch: int) -> Iterator[Batch]:
-    class Numbered:
-        def __len__(self) -> int:
-            return sys.maxsize
-
-        def __getitem__(self, number: int) -> Batch:
-            return batch_at(int(number))
-
-    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
-    return iter(grain.MapDataset.source(Numbered()).to_iter_dataset(options))
-
-
-class _ThreadPrefetch:
-    """Computes `batch_at(0)`, `batch_at(1)`, ... ahead of its caller in one thread."""
-
-    def __init__(self, batch_at: Callable[[int], Batch], prefetch: int):
-        self._batch_at = batch_at
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches") if prefetch else None
-        self._next = 0
-        self._waiting: collections.deque[Future] = collections.deque()
-        self._prefetch = prefetch
-
-    def __next__(self) -> Batch:
-        if self._pool is None:
-            self._next += 1
-            return self._batch_at(self._next - 1)
-        while len(self._waiting) < self._prefetch:
-            self._waiting.append(self._pool.submit(self._batch_at, self._next))
-            self._next += 1
-        batch = self._waiting.popleft().result()
-        self._waiting.append(self._pool.submit(self._batch_at, self._next))
-        self._next += 1
-        return batch
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)

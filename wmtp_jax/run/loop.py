@@ -107,8 +107,6 @@ def run(
     directory: Path,
     corpus: Corpus,
     signals: StopSignals,
-    *,
-    use_grain: bool = True,
 ) -> tuple[Any, int | None]:
     """Trains until done, or from where an earlier process stopped.
 
@@ -118,7 +116,6 @@ def run(
       directory: of the stage; it exists.
       corpus: what the batches come from.
       signals: those that ask to stop.
-      use_grain: as `Batches` takes it.
 
     Returns:
       the last state, and the step of the best checkpoint (None where none was evaluated).
@@ -183,7 +180,6 @@ def run(
         process_index=processes.share[0],
         process_count=processes.share[1],
         prefetch=config.data.prefetch,
-        use_grain=use_grain,
     )
     stopped_early = stopping.exhausted
     trace, traced = training.trace, range(0)
