@@ -11,16 +11,15 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from tests.training import comparable, tiny_config  # noqa: E402
+from tests.training import changed, comparable, tiny_config  # noqa: E402
 from wmtp_jax.checkpoint.orbax import load_model  # noqa: E402
 from wmtp_jax.model import flatten  # noqa: E402
 from wmtp_jax.run.train import train  # noqa: E402
 
 
 def run(config, workdir: Path, *, mesh: dict[str, int], **changes) -> list[dict]:
-    for key, value in {**{f"mesh.{axis}": size for axis, size in ({"data": 1} | mesh).items()}, **changes}.items():
-        config.update_from_flattened_dict({key: value})
-    train(config, workdir=workdir, run_name="mesh", tags={}, device="cpu")
+    sizes = {f"mesh.{axis}": size for axis, size in ({"data": 1} | mesh).items()}
+    train(changed(config, sizes | changes), workdir=workdir, run_name="mesh", tags={}, device="cpu")
     return comparable(workdir)
 
 

@@ -6,21 +6,34 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from ml_collections import ConfigDict
-
-from wmtp_jax.config import defaults
+from wmtp_jax.config import defaults, freeze
 from wmtp_jax.plan import compile_plan
-from wmtp_jax.run.unpacking import model_settings
+from wmtp_jax.settings import Configuration, ModelSettings
 
 
-def recipe(devices: int) -> ConfigDict:
+def recipe(devices: int, **changes) -> Configuration:
     c = defaults()
     c.data.vocabulary_size, c.data.sequence_length = 8192, 256
     c.model.width, c.model.layers, c.model.attention_heads = 512, 4, 8
     c.train.batch_size = 16
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor = 1, -1, 2 if devices > 2 else 1
-    return c
+    c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return freeze(c)
+
+
+def lowered(config: Configuration, settings: ModelSettings, mesh: Any) -> Any:
+    """The update of a configuration without a reference."""
+    from wmtp_jax.optimizer import make_optimizer
+    from wmtp_jax.planning.abstract_update import lower_update
+    from wmtp_jax.run.stage import objective_of
+
+    options = {"rows": config.train.batch_size, "length": config.data.sequence_length}
+    optimizer = make_optimizer(config.optimizer, 10)
+    return lower_update(
+        settings, objective_of(config), optimizer, **options, mesh=mesh, reference=None, stored_losses=False
+    )
 
 
 def resident(field: str) -> int:
@@ -34,17 +47,16 @@ def main() -> None:
     from wmtp_jax.parallel.mesh import mesh_sizes
 
     sizes = mesh_sizes(config.mesh, devices)
-    settings = model_settings(config.model, config.data.vocabulary_size, config.data.sequence_length)
+    settings = config.model.resolve(config.data.vocabulary_size, config.data.sequence_length)
     _, planned, _, _ = compile_plan(config, settings, sizes)
 
     import jax
     import numpy as np
 
     from wmtp_jax.parallel import sharding
-    from wmtp_jax.planning.abstract_update import lower_update
 
     mesh = sharding.make_mesh(sizes) if devices > 1 else None
-    update = lower_update(config, settings, mesh=mesh, steps=10, reference=None, stored_losses=False)
+    update = lowered(config, settings, mesh)
     compiled = update.lowered.compile()
     before = resident("VmRSS")
 

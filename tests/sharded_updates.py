@@ -21,7 +21,7 @@ from wmtp_jax.losses import token_statistics  # noqa: E402
 from wmtp_jax.model import flatten, initial_parameters  # noqa: E402
 from wmtp_jax.optimizer import make_optimizer  # noqa: E402
 from wmtp_jax.parallel import sharding  # noqa: E402
-from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting  # noqa: E402
+from wmtp_jax.settings import Critic, ModelSettings, Optimizer, Weighting  # noqa: E402
 from wmtp_jax.train_step import initial_state, loss_and_gradients, train_step, value_step  # noqa: E402
 from wmtp_jax.update import Objective  # noqa: E402
 
@@ -112,7 +112,7 @@ def compare_states() -> dict:
         max_positions=LENGTH, num_heads=HEADS, head_kind="linear",
     )  # fmt: skip
     definition, parameters = initial_parameters(settings, 0)
-    optimizer = make_optimizer(OptimizerSettings("adamw", 1e-3, 0.02, 0.9, 0.95, 1e-3, 0.1, 1.0, "constant", 0, 0.2, 0.1), 4)
+    optimizer = make_optimizer(Optimizer("adamw", 1e-3, 0.02, 0.9, 0.95, 1e-3, 0.1, 1.0, "constant", 0, 0.2, 0.1), 4)
     start, columns = initial_state(parameters, optimizer), make_batch()
 
     def updated(sizes):

@@ -17,7 +17,7 @@ from wmtp_jax.errors import UserError
 from wmtp_jax.evaluation.metrics import value_metrics
 from wmtp_jax.model import initial_parameters, merge
 from wmtp_jax.optimizer import make_optimizer
-from wmtp_jax.settings import Critic, OptimizerSettings, Weighting
+from wmtp_jax.settings import Critic, Optimizer, Weighting
 from wmtp_jax.train_step import (
     initial_state,
     inspect_tokens,
@@ -31,9 +31,9 @@ from wmtp_jax.train_step import (
 )
 from wmtp_jax.update import Objective
 
-OPTIMIZER = OptimizerSettings(
+OPTIMIZER = Optimizer(
     name="adamw", learning_rate=1e-2, muon_learning_rate=0.02, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0,
-    clip_norm=1.0, schedule="constant", warmup_steps=0, decay_fraction=0.2, final_fraction=0.1, value_learning_rate=3e-2,
+    clip_norm=1.0, schedule="constant", warmup_steps=0, decay_fraction=0.2, final_fraction=0.1,
 )  # fmt: skip
 CRITIC = Weighting(algorithm="critic-wmtp")
 
@@ -224,7 +224,7 @@ def test_with_equal_weights_the_critic_is_the_baseline():
         if critic is None:
             definition, _ = initial_parameters(SETTINGS, 0)
             parameters = {key: leaf for key, leaf in parameters.items() if key != "value_head"}
-        optimizer = make_optimizer(OPTIMIZER, 20)
+        optimizer = make_optimizer(OPTIMIZER, 20, value_learning_rate=3e-2)
         step = jax.jit(
             functools.partial(
                 train_step, definition=definition, optimizer=optimizer, objective=Objective(settings, critic=critic)
@@ -242,7 +242,7 @@ def test_stage_1_fits_the_rewards_and_leaves_the_model_alone():
     """On one batch, repeated: the loss falls towards what an R-return can be fitted to; only the value head is in the state."""
     definition, parameters = critic_model()
     trunk = {name: leaf for name, leaf in parameters.items() if name != "value_head"}
-    optimizer = make_optimizer(OPTIMIZER, 100)
+    optimizer = make_optimizer(OPTIMIZER, 100, value_learning_rate=3e-2)
     batch = critic_batch()
     step = jax.jit(
         functools.partial(value_step, definition=definition, optimizer=optimizer, critic=Critic(decay=1.0))
@@ -272,7 +272,7 @@ def test_stage_1_in_parts_equals_the_whole():
 def test_a_non_finite_reward_leaves_the_head_as_it_was():
     definition, parameters = critic_model()
     trunk = {name: leaf for name, leaf in parameters.items() if name != "value_head"}
-    optimizer = make_optimizer(OPTIMIZER, 10)
+    optimizer = make_optimizer(OPTIMIZER, 10, value_learning_rate=3e-2)
     state = initial_state({"value_head": parameters["value_head"]}, optimizer)
     batch = critic_batch()
     batch["rewards"] = batch["rewards"].at[1, 8].set(jnp.inf)

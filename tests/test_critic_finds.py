@@ -13,7 +13,7 @@ from wmtp_jax.data.targets import shift_targets
 from wmtp_jax.losses import TokenStatistics
 from wmtp_jax.model import ModelSettings, initial_parameters, merge
 from wmtp_jax.optimizer import make_optimizer
-from wmtp_jax.settings import Critic, OptimizerSettings, Weighting
+from wmtp_jax.settings import Critic, Optimizer, Weighting
 from wmtp_jax.train_step import (
     initial_state,
     shared_states,
@@ -33,9 +33,9 @@ SETTINGS = ModelSettings(
     vocabulary_size=V, width=32, layers=2, attention_heads=2, kv_heads=2, head_dim=16, mlp_width=64, max_positions=S,
     num_heads=1, head_kind="linear",
 )  # fmt: skip
-OPTIMIZER = OptimizerSettings(
+OPTIMIZER = Optimizer(
     name="adamw", learning_rate=5e-3, muon_learning_rate=0.02, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0,
-    clip_norm=1.0, schedule="cosine", warmup_steps=10, decay_fraction=0.2, final_fraction=0.1, value_learning_rate=5e-3,
+    clip_norm=1.0, schedule="cosine", warmup_steps=10, decay_fraction=0.2, final_fraction=0.1,
 )  # fmt: skip
 STEPS = 300
 
@@ -67,7 +67,7 @@ def make_batch(seed: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
 def trained():
     """A small language model of such rows, and a value head learned on it with the model frozen."""
     definition, parameters = initial_parameters(SETTINGS, 0)
-    optimizer = make_optimizer(OPTIMIZER, STEPS)
+    optimizer = make_optimizer(OPTIMIZER, STEPS, value_learning_rate=5e-3)
     options = {"definition": definition, "optimizer": optimizer, "objective": Objective(Weighting())}
     update = jax.jit(functools.partial(train_step, **options), donate_argnums=0)
     state = initial_state(parameters, optimizer)

@@ -126,7 +126,7 @@ PARSE = """
 import json, os, sys
 from absl import flags
 from wmtp_jax import cli
-from wmtp_jax.config import flatten, validate
+from wmtp_jax.settings import flatten
 cli.define_run_flags()
 for line in sys.stdin.readlines():
     if os.fork():  # flags of one command each
@@ -137,7 +137,7 @@ for line in sys.stdin.readlines():
     rest = flags.FLAGS(sys.argv)
     assert len(rest) == 1, rest
     options = cli.train_options()
-    validate(options["config"])
+    options["config"].check_experiment()
     shown = {key: value for key, value in options.items() if key != "config"} | dict(flatten(options["config"]))
     print(json.dumps(shown, default=str), flush=True)
     os._exit(0)

@@ -10,13 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
-from wmtp_jax.config import defaults, validate
 from wmtp_jax.errors import UserError
 from wmtp_jax.parallel.mesh import check_model, fit, mesh_sizes
 from wmtp_jax.run import train as in_jax
-from wmtp_jax.settings import ModelSettings
+from wmtp_jax.settings import Configuration, Mesh, ModelSettings, Train
 
 ROOT = Path(__file__).parent.parent
 MODEL = ModelSettings(
@@ -25,26 +23,22 @@ MODEL = ModelSettings(
 )  # fmt: skip
 
 
-def mesh(**sizes: int) -> ConfigDict:
-    return ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "sequence": 1} | sizes)
-
-
 def test_one_axis_takes_the_rest():
-    assert mesh_sizes(mesh(), 1) == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
-    assert mesh_sizes(mesh(tensor=2), 8)["data"] == 4
-    assert mesh_sizes(mesh(data=1, fsdp=-1, tensor=2), 8)["fsdp"] == 4
+    assert mesh_sizes(Mesh(), 1) == {"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert mesh_sizes(Mesh(tensor=2), 8)["data"] == 4
+    assert mesh_sizes(Mesh(data=1, fsdp=-1, tensor=2), 8)["fsdp"] == 4
     # Without -1 some devices may stay idle, though not those of another process.
-    assert mesh_sizes(mesh(data=2, fsdp=2), 8) == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
+    assert mesh_sizes(Mesh(data=2, fsdp=2), 8) == {"data": 2, "fsdp": 2, "tensor": 1, "sequence": 1}
     with pytest.raises(UserError, match=r"config.mesh.data = 2: .* takes 4, there are 8 devices"):
-        mesh_sizes(mesh(data=2, fsdp=2), 8, exactly=True)
+        mesh_sizes(Mesh(data=2, fsdp=2), 8, exactly=True)
 
 
 @pytest.mark.parametrize(
     "sizes, devices, message",
     [
-        (mesh(tensor=3), 8, r"config.mesh.tensor = 3: the mesh \(tensor 3\) takes 3, which does not divide the 8 devices"),
-        (mesh(data=4, fsdp=4), 8, r"config.mesh.data = 4: .* takes 16, there are 8 devices"),
-        (mesh(data=1, sequence=2), 1, r"config.mesh.sequence = 2: .* takes 2, there is 1 device;"),
+        (Mesh(tensor=3), 8, r"config.mesh.tensor = 3: the mesh \(tensor 3\) takes 3, which does not divide the 8 devices"),
+        (Mesh(data=4, fsdp=4), 8, r"config.mesh.data = 4: .* takes 16, there are 8 devices"),
+        (Mesh(data=1, sequence=2), 1, r"config.mesh.sequence = 2: .* takes 2, there is 1 device;"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(sizes, devices, message):
@@ -54,17 +48,12 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(sizes, devices, message):
 
 @pytest.mark.parametrize("wrong", [{"tensor": 0}, {"data": -2}, {"fsdp": -1}])
 def test_sizes_that_mean_nothing_are_refused_by_name(wrong):
-    config = defaults()
-    config.mesh.update(wrong)
     with pytest.raises(UserError, match=f"config.mesh.{next(iter(wrong))} = "):
-        validate(config)
+        Mesh(**wrong)
 
 
-def recipe(rows: int, accumulation: int = 1, **sizes: int) -> ConfigDict:
-    config = defaults()
-    config.train.batch_size, config.train.accumulation = rows, accumulation
-    config.mesh.update(sizes)
-    return config
+def recipe(rows: int, accumulation: int = 1, **sizes: int) -> Configuration:
+    return Configuration(train=Train(batch_size=rows, accumulation=accumulation), mesh=Mesh(**sizes))
 
 
 @pytest.mark.parametrize(
@@ -119,11 +108,11 @@ def test_batches_that_can_not_be_shared_out_are_refused(config, devices, exactly
 )
 def test_a_model_that_can_not_be_cut_evenly_is_refused(axis, size, what, change):
     with pytest.raises(UserError, match=f"config.mesh.{axis} = {size}: .*{what}"):
-        check_model(mesh(**{"data": 1, axis: size}), dataclasses.replace(MODEL, **change))
+        check_model({"data": 1, "fsdp": 1, "tensor": 1, "sequence": 1} | {axis: size}, dataclasses.replace(MODEL, **change))
 
 
 def test_one_device_has_no_mesh_and_too_many_are_refused_before_anything_is_written(tiny, tmp_path):
-    assert in_jax.choose_device("cpu", defaults()).mesh is None
+    assert in_jax.choose_device("cpu", Configuration()).mesh is None
     with pytest.raises(UserError, match="config.mesh.fsdp = 2: .* there is 1 device"):
         in_jax.train(tiny(mesh__data=1, mesh__fsdp=2), workdir=tmp_path / "run", run_name="run", tags={}, device="cpu")
     assert not (tmp_path / "run").exists()

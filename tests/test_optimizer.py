@@ -11,15 +11,16 @@ import pytest
 from flax import nnx
 
 from wmtp_jax.model import Model, ModelSettings, split
-from wmtp_jax.optimizer import OptimizerSettings, make_optimizer, make_schedule, parameter_kinds
+from wmtp_jax.optimizer import make_optimizer, make_schedule, parameter_kinds
+from wmtp_jax.settings import Optimizer
 
-SETTINGS = OptimizerSettings(
+SETTINGS = Optimizer(
     name="adamw", learning_rate=0.1, muon_learning_rate=0.5, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.0,
     clip_norm=0.0, schedule="constant", warmup_steps=0, decay_fraction=0.2, final_fraction=0.1,
 )  # fmt: skip
 
 
-def with_(**changes) -> OptimizerSettings:
+def with_(**changes) -> Optimizer:
     return dataclasses.replace(SETTINGS, **changes)
 
 

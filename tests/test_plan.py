@@ -21,7 +21,7 @@ from wmtp_jax.parallel import sharding
 from wmtp_jax.parallel.mesh import AXES
 from wmtp_jax.planning import costs
 from wmtp_jax.planning.abstract_update import bytes_on_a_device
-from wmtp_jax.settings import ModelSettings, OptimizerSettings
+from wmtp_jax.settings import ModelSettings, Optimizer
 from wmtp_jax.train_step import initial_state
 
 ROOT = Path(__file__).parent.parent
@@ -83,15 +83,12 @@ def test_the_collectives_of_the_formula_are_those_that_are_compiled():
     """Of two micro-batches on 4 devices that split rows: every gradient once, after the loop over them."""
     script = (
         "import jax; jax.config.update('jax_num_cpu_devices', 4)\n"
-        "from tests.planned_memory import recipe\n"
+        "from tests.planned_memory import lowered, recipe\n"
         "from wmtp_jax.parallel import sharding\n"
-        "from wmtp_jax.planning.abstract_update import lower_update\n"
-        "from wmtp_jax.run.unpacking import model_settings\n"
-        "c = recipe(4); c.data.vocabulary_size = 64; c.model.width = 32; c.model.layers = 1; c.model.attention_heads = 2\n"
-        "c.train.accumulation = 2\n"
-        "s = model_settings(c.model, 64, 256)\n"
+        "c = recipe(4, model__width=32, model__layers=1, model__attention_heads=2, train__accumulation=2)\n"
+        "s = c.model.resolve(64, 256)\n"
         "mesh = sharding.make_mesh({'data': 4, 'fsdp': 1, 'tensor': 1, 'sequence': 1})\n"
-        "u = lower_update(c, s, mesh=mesh, steps=1, reference=None, stored_losses=False)\n"
+        "u = lowered(c, s, mesh)\n"
         "print(sum(x.size for x in jax.tree.leaves(u.trained)))\n"
         "print(u.lowered.compile().as_text())"
     )
@@ -212,7 +209,7 @@ def test_70_billion_parameters_on_256_devices_are_planned_here():
     assert "256 x h100 (fsdp 32, tensor 8)" in done.stdout and "it fits; what binds" in done.stdout
 
 
-OPTIMIZER = OptimizerSettings(
+OPTIMIZER = Optimizer(
     name="adamw", learning_rate=1e-3, muon_learning_rate=0.02, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
     schedule="constant", warmup_steps=0, decay_fraction=0.2, final_fraction=0.1,
 )  # fmt: skip

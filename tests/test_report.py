@@ -14,7 +14,6 @@ from mlflow.tracking import MlflowClient
 
 from tests.browser import find_browser, open_browser
 from wmtp_jax.checkpoint.run_directory import plain, save_arrays
-from wmtp_jax.config import defaults
 from wmtp_jax.data import packing
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.errors import UserError
@@ -26,6 +25,7 @@ from wmtp_jax.report.page import embed, render
 from wmtp_jax.report.palette import GROUPS, contrast, shades
 from wmtp_jax.report.runs import group_runs, read_runs
 from wmtp_jax.report.tokens import by_token, pack, read_documents, read_entries
+from wmtp_jax.settings import Configuration, Heads, Model, Train, Weighting
 from wmtp_jax.storage import s3 as storage
 from wmtp_jax.tokenizer.tokenizer import train_bpe
 from wmtp_jax.tracking.tracker import MetricsFile
@@ -57,8 +57,9 @@ def write_run(
 ):
     """A run directory as a training leaves it, with numbers drawn at random."""
     generator = np.random.default_rng(seed + len(algorithm))
-    c = defaults()
-    c.weighting.algorithm, c.train.seed, c.model.heads.count = algorithm, seed, HEADS
+    c = Configuration(
+        weighting=Weighting(algorithm=algorithm), train=Train(seed=seed), model=Model(heads=Heads(count=HEADS))
+    )
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(plain(c)))
     tokenizer.save(directory / "tokenizer")

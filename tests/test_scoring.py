@@ -20,16 +20,14 @@ import wmtp_jax.run.train as in_jax
 import wmtp_torch.train as in_torch
 from tests.training import comparable
 from wmtp_jax.checkpoint.orbax import load_model
-from wmtp_jax.config import defaults
 from wmtp_jax.data.targets import positions
 from wmtp_jax.errors import UserError
 from wmtp_jax.model import ModelSettings, abstract_parameters, merge
 from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.pretrained import open_reward_model
-from wmtp_jax.run import unpacking
-from wmtp_jax.run.inputs import model_key
+from wmtp_jax.run.inputs import load_data, model_key
 from wmtp_jax.score import score
-from wmtp_jax.settings import REFERENCE_COLUMNS, Weighting
+from wmtp_jax.settings import REFERENCE_COLUMNS, Configuration, Optimizer, Weighting
 from wmtp_jax.stored import reference_losses, rewards
 from wmtp_jax.stored.rewards import segments
 from wmtp_jax.tokenizer.tokenizer import train_bpe
@@ -82,7 +80,7 @@ def test_runs_pick_up_stored_losses_and_train_alike(backend, score_of, own, refe
 
 
 def test_scoring_goes_on_where_it_was_interrupted(own, tmp_path):
-    corpus = unpacking.load_data(own())
+    corpus = load_data(own())
     facts, calls = {"model": "m"}, []
 
     def losses(tokens, segment_ids, *, stop_at=None):
@@ -113,7 +111,7 @@ def test_scoring_goes_on_where_it_was_interrupted(own, tmp_path):
 
 def test_scores_of_another_model_tokenizer_or_corpus_stop_the_run(own, reference, tmp_path):
     score(own(reference__path=reference), workdir=tmp_path / "scores")
-    corpus = unpacking.load_data(own())
+    corpus = load_data(own())
     [directory] = (corpus.directory / reference_losses.FOLDER).glob("[!.]*")
     other = str(train(own(weighting__algorithm="baseline-mtp", train__steps=1), tmp_path / "other", in_torch))
     cases = [
@@ -138,7 +136,7 @@ def test_scores_of_another_model_tokenizer_or_corpus_stop_the_run(own, reference
 
 def test_what_an_earlier_version_stored_is_to_be_scored_again(own, reference, tmp_path):
     """It had no entropies; the run neither takes it nor silently does without."""
-    corpus = unpacking.load_data(own())
+    corpus = load_data(own())
     earlier = reference_losses._directory(corpus, model_key(reference), 1)
     earlier.mkdir(parents=True)
     manifest = {"model": model_key(reference), "tokenizer": corpus.tokenizer.fingerprint, "corpus": corpus.hash, "format": 1}
@@ -154,7 +152,7 @@ def test_what_an_earlier_version_stored_is_to_be_scored_again(own, reference, tm
 def test_self_reference_trains_the_reference_on_the_very_data(own, tmp_path):
     config = own(reference__steps=3)
     score(config, workdir=tmp_path / "scores", self_reference=True)
-    corpus = unpacking.load_data(config)
+    corpus = load_data(config)
     [manifest] = (corpus.directory / reference_losses.FOLDER).glob("*/manifest.json")
     told = json.loads(manifest.read_text())
     assert told["self_reference"] and told["corpus"] == corpus.hash and told["tokenizer"] == corpus.tokenizer.fingerprint
@@ -195,7 +193,7 @@ def test_the_compiled_step_has_no_forward_pass_of_the_reference():
     definition, parameters = abstract_parameters(settings)
     own = ModelSettings(**shape, max_positions=64, num_heads=1, head_kind="linear")
     reference = Reference(*abstract_parameters(own))
-    optimizer = make_optimizer(unpacking.optimizer_settings(defaults()), 10)
+    optimizer = make_optimizer(Optimizer(), 10)
     state = jax.eval_shape(lambda p: initial_state(p, optimizer), parameters)
     rows = {name: jax.ShapeDtypeStruct((2, 64), np.int32) for name in ("tokens", "segment_ids", "positions")}
     rows |= {"targets": jax.ShapeDtypeStruct((2, 64, 2), np.int32), "mask": jax.ShapeDtypeStruct((2, 64, 2), bool)}
@@ -265,7 +263,7 @@ def test_rewards_equal_transformers(name, backend, classifier):
     ids = np.repeat([[1, 2, 3, 0], [1, 1, 1, 2], [1, 1, 1, 1]], 8, axis=1).astype(np.int32)
     tokens[0, 14:16] = tokens[0, 3] = tokens[0, 16:24] = tokens[1, 23] = 0
     published = open_reward_model(directory)
-    numbers = backend.load_reward_model(published, backend.choose_device("cpu", defaults()))
+    numbers = backend.load_reward_model(published, backend.choose_device("cpu", Configuration()))
     source = rewards.classifier(numbers, key="k", pad_token_id=published.config.get("pad_token_id"), batch_rows=3)
     got, expected = source.score(tokens, ids, None), literal_rewards(theirs, tokens, ids)
     assert expected.std() > 0.05
@@ -280,7 +278,7 @@ def test_a_critic_learns_the_rewards_of_a_published_model(tiny, classifier, tmp_
         data__cache_dir=str(tmp_path / "cache"), weighting__algorithm="critic-wmtp", reward__source="reward_model",
         reward__model=str(here), critic__allow_unexplained=True, critic__steps=2, train__steps=1,
     )  # fmt: skip
-    corpus = unpacking.load_data(config)
+    corpus = load_data(config)
     corpus.tokenizer.save(here)
     run = train(config, tmp_path / "run", in_torch)
     assert not (run / "reference").exists()

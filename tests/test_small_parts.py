@@ -13,16 +13,17 @@ import pytest
 from flax import nnx
 
 from wmtp_jax import cli
+from wmtp_jax.checkpoint.run_directory import check_continues, plain
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.evaluation.metrics import evaluate
 from wmtp_jax.model import Model, ModelSettings, split
 from wmtp_jax.parallel import devices
 from wmtp_jax.parallel.devices import peak_flops
 from wmtp_jax.planning.flops import flops_per_token
-from wmtp_jax.run import summary
+from wmtp_jax.run import experiment, summary
 from wmtp_jax.run.meter import Meter
 from wmtp_jax.run.stopping import Stopping
-from wmtp_jax.settings import OptimizerSettings, Weighting
+from wmtp_jax.settings import Checkpoint, Configuration, Critic, Eval, Reference, ReferenceModel, Weighting
 from wmtp_jax.train_step import loss_and_gradients
 from wmtp_jax.trainable import Trainable
 from wmtp_jax.update import Objective
@@ -162,9 +163,6 @@ def test_settings_that_are_none_of_these_are_refused():
         dataclasses.replace(SETTINGS, head_kind="tree")
     with pytest.raises(ValueError, match="remat 'some'"):
         dataclasses.replace(SETTINGS, remat="some")
-    rule = dict.fromkeys((field.name for field in dataclasses.fields(OptimizerSettings)), 0)
-    with pytest.raises(ValueError, match="optimizer 'sgd'"):
-        OptimizerSettings(**{**rule, "name": "sgd"})
 
 
 def test_flags_of_the_gpus_compiler_are_added_where_there_is_a_plugin_and_give_way(monkeypatch):
@@ -179,3 +177,35 @@ def test_flags_of_the_gpus_compiler_are_added_where_there_is_a_plugin_and_give_w
         monkeypatch.setenv("XLA_FLAGS", given)
         devices.set_gpu_flags()
         assert os.environ["XLA_FLAGS"] == wanted
+
+
+def test_a_key_that_an_old_run_lacks_counts_as_its_default(tmp_path):
+    stored = plain(Configuration())
+    del stored["weighting"]["score"], stored["reward"]
+    check_continues(Configuration(), stored, tmp_path)
+    later = Configuration(weighting=Weighting(algorithm="rho1-tokenskip", score="reference_loss"))
+    stored["weighting"]["algorithm"] = "rho1-tokenskip"
+    with pytest.raises(UserError, match=r"with config.weighting.score = 'excess_loss', not 'reference_loss'; set it back"):
+        check_continues(later, stored, tmp_path)
+
+
+def test_configurations_of_stages_keep_what_has_no_say_at_its_default():
+    config = Configuration(
+        weighting=Weighting(algorithm="critic-wmtp", scope="batch"),
+        critic=Critic(trunk_steps=7, steps=5, eval_every=3, patience=2, stop_after="value"),
+        reference=Reference(steps=4, model=ReferenceModel(width=64)),
+        eval=Eval(stop_metric="eval/value_loss"),
+        checkpoint=Checkpoint(best_metric="eval/ce_head_2"),
+    )
+    reference, trunk = experiment.reference_config(config), experiment.trunk_config(config)
+    value = experiment.value_config(config)
+    assert (reference.model.width, reference.model.heads.count, trunk.model.width) == (64, 1, 128)
+    assert (reference.train.steps, trunk.train.steps, value.train.steps) == (4, 7, 5)
+    assert reference.weighting == trunk.weighting == Weighting() and value.weighting == Weighting(algorithm="critic-wmtp")
+    assert reference.critic == trunk.critic == Critic() and value.critic.stop_after == "" and value.critic.trunk_steps == 7
+    assert reference.reference == trunk.reference == value.reference == Reference()
+    assert (reference.eval.stop_metric, trunk.eval.stop_metric, value.eval.stop_metric) == (
+        "eval/ce_mean", "eval/ce_mean", "eval/value_loss",
+    )  # fmt: skip
+    assert (reference.checkpoint.best_metric, trunk.checkpoint.best_metric) == ("eval/ce_head_0", "eval/ce_head_2")
+    assert (value.eval.every, value.eval.patience, value.checkpoint.every) == (3, 2, 3)

@@ -11,7 +11,8 @@ from mps_operators import MpsOperators
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wmtp_jax.data.targets import positions, shift_targets
-from wmtp_jax.settings import ModelSettings, OptimizerSettings
+from wmtp_jax.settings import ModelSettings
+from wmtp_jax.settings import Optimizer as Rule
 from wmtp_torch import weighting
 from wmtp_torch.losses import token_statistics, weighted_mean
 from wmtp_torch.model import initial_parameters, merge
@@ -27,9 +28,9 @@ GPT2 = dataclasses.replace(
     LLAMA, kv_heads=4, activation="gelu", norm="layernorm", positions="learned", linear_bias=True, qk_norm=False,
     tie_embeddings=True,
 )  # fmt: skip
-OPTIMIZER = OptimizerSettings(
+OPTIMIZER = Rule(
     name="adamw", learning_rate=1e-3, muon_learning_rate=1e-2, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
-    schedule="cosine", warmup_steps=2, decay_fraction=0.2, final_fraction=0.1, value_learning_rate=1e-3,
+    schedule="cosine", warmup_steps=2, decay_fraction=0.2, final_fraction=0.1,
 )  # fmt: skip
 SEGMENTS = np.array([[1] * 5 + [2] * 7, [1] * 9 + [2] * 1 + [0] * 2], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, 37, SEGMENTS.shape).astype(np.int32)
@@ -50,7 +51,7 @@ def test_model_losses_and_optimizer(base, kind, dtype, remat):
     rule = dataclasses.replace(OPTIMIZER, name="muon" if dtype == "float32" else "adamw")
     model, rows = merge(settings, initial_parameters(settings, 0, value_head=True)), batch()
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(rule, 10)
+    optimizer = Optimizer(rule, 10, value_learning_rate=1e-3)
     state = optimizer.init(parameters)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with sdpa_kernel(SDPBackend.MATH), MpsOperators() as mps:

@@ -19,9 +19,9 @@ from tests.training import comparable, stop_after
 from wmtp_jax.checkpoint.parameters import read_parameters
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.cli import Stopped
-from wmtp_jax.config import defaults
 from wmtp_jax.errors import NonFiniteLoss, UserError
 from wmtp_jax.run import loop
+from wmtp_jax.settings import Configuration
 from wmtp_torch import step_directories
 
 ROOT = Path(__file__).parent.parent
@@ -197,17 +197,16 @@ def test_devices(tiny, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=f"--device={name}.*{words}") as caught:
             in_torch.train(tiny(), workdir=tmp_path / "run", run_name="test", tags={}, device=name)
         assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
-    assert in_torch.choose_device(None, defaults()).type in ("mps", "cuda", "cpu")
+    assert in_torch.choose_device(None, Configuration()).type in ("mps", "cuda", "cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert in_torch.choose_device(None, defaults()).type == "cuda"
+    assert in_torch.choose_device(None, Configuration()).type == "cuda"
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    assert in_torch.choose_device(None, defaults()).type == "mps"
+    assert in_torch.choose_device(None, Configuration()).type == "mps"
 
 
 @pytest.mark.parametrize("axis, size", [("data", 2), ("fsdp", -1), ("tensor", 4), ("sequence", 2)])
 def test_several_devices_are_refused_by_name(axis, size, tiny, tmp_path):
-    config = tiny(mesh__data=1)
-    config.mesh[axis] = size
+    config = tiny(**{"mesh__data": 1, f"mesh__{axis}": size})
     with pytest.raises(UserError, match=f"^config.mesh.{axis} = {size}: the torch backend trains on one device") as caught:
         train(config, tmp_path / "run")
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()

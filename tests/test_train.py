@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 import wmtp_jax.run.train as trainer
 from tests.training import comparable, stop_after
@@ -21,11 +20,12 @@ from wmtp_jax.checkpoint.orbax import load_model
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.cli import Stopped
 from wmtp_jax.errors import NonFiniteLoss, UserError
+from wmtp_jax.settings import Configuration
 from wmtp_jax.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
-def train(config: ConfigDict, workdir: Path, **options) -> None:
+def train(config: Configuration, workdir: Path, **options) -> None:
     trainer.train(config, workdir=workdir, run_name="test", tags={}, device="cpu", **options)
 
 
@@ -92,9 +92,9 @@ def test_evaluation_is_unweighted_cross_entropy_of_the_held_out_rows(finished, t
     """From the saved parameters, by the logits, in float64."""
     from wmtp_jax.data.pipeline import validation_batches
     from wmtp_jax.model import merge
-    from wmtp_jax.run import unpacking
+    from wmtp_jax.run.inputs import load_data
 
-    corpus = unpacking.load_data(tiny())
+    corpus = load_data(tiny())
     definition, parameters, _ = load_model(finished)
     model = merge(definition, parameters)
     nats, counts, size = np.zeros(2), np.zeros(2), 0

@@ -13,7 +13,7 @@ import pytest
 
 import wmtp_jax.run.train as trainer
 from tests.test_train import assert_same_run
-from tests.training import comparable, stop_after
+from tests.training import changed, comparable, stop_after
 from wmtp_jax.checkpoint.parameters import read_parameters
 from wmtp_jax.cli import Stopped
 from wmtp_jax.errors import UserError
@@ -131,8 +131,7 @@ def test_a_head_that_explains_nothing_stops_the_run_unless_told_otherwise(finish
         "critic__head": str(tmp_path / "run" / "value"),
     }  # fmt: skip
     (tmp_path / "run" / "value" / "summary.json").write_text(json.dumps(facts))
-    config = critic(**given)
-    config.critic.allow_unexplained = False
+    config = changed(critic(**given), {"critic.allow_unexplained": False})
     with pytest.raises(UserError, match="explains nothing.*allow_unexplained") as caught:
         train(config, tmp_path / "new")
     assert "\n" not in str(caught.value)

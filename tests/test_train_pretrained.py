@@ -22,14 +22,13 @@ from wmtp_jax.checkpoint.orbax import load_model
 from wmtp_jax.checkpoint.parameters import FILE, read_arrays, read_parameters
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.cli import Stopped
-from wmtp_jax.config import defaults
 from wmtp_jax.data.pipeline import validation_batches
 from wmtp_jax.errors import UserError
 from wmtp_jax.model import abstract_parameters, flatten, merge
 from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.pretrained import open_pretrained
-from wmtp_jax.run import unpacking
-from wmtp_jax.settings import ModelSettings, Weighting
+from wmtp_jax.run.inputs import load_data
+from wmtp_jax.settings import ModelSettings, Optimizer, Weighting
 from wmtp_jax.tokenizer.tokenizer import train_bpe
 from wmtp_jax.tracking.tracker import read_metrics
 from wmtp_jax.train_step import initial_state, train_step
@@ -91,7 +90,7 @@ def published_loss(published, from_published):
     """The held-out loss by `transformers`, on every document by itself."""
     _, theirs = published
     nats = count = 0
-    for batch in validation_batches(unpacking.load_data(from_published()), batch_size=4, num_heads=1, num_batches=2):
+    for batch in validation_batches(load_data(from_published()), batch_size=4, num_heads=1, num_batches=2):
         for tokens, ids in zip(batch["tokens"], batch["segment_ids"], strict=True):
             for segment in set(ids.tolist()) - {0}:
                 text = torch.tensor(tokens[ids == segment]).long()[None]
@@ -155,7 +154,7 @@ def test_no_gradient_and_no_moment_is_made_of_what_is_frozen():
         num_heads=2, head_kind="linear",
     )  # fmt: skip
     definition, abstract = abstract_parameters(settings)
-    optimizer = make_optimizer(unpacking.optimizer_settings(defaults()), 10)
+    optimizer = make_optimizer(Optimizer(), 10)
     rows = {name: jax.ShapeDtypeStruct((2, 32), np.int32) for name in ("tokens", "segment_ids", "positions")}
     rows |= {"targets": jax.ShapeDtypeStruct((2, 32, 2), np.int32), "mask": jax.ShapeDtypeStruct((2, 32, 2), bool)}
     flops = {}
@@ -192,7 +191,7 @@ def test_adapters_train_the_trunk_and_are_merged_where_a_checkpoint_is_read(back
     # The last evaluation, made with the adapters beside the kernels, equals one of the merged model.
     definition, parameters, _ = load_model(run)
     model, nats, count = merge(definition, parameters), 0.0, 0
-    for batch in validation_batches(unpacking.load_data(config), batch_size=4, num_heads=2, num_batches=2):
+    for batch in validation_batches(load_data(config), batch_size=4, num_heads=2, num_batches=2):
         logits = np.asarray(model.logits(batch["tokens"], batch["segment_ids"], batch["positions"]), np.float64)
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         ce = -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from wmtp_jax.checkpoint.orbax import find_checkpoint, load_model
-from wmtp_jax.config import ALGORITHMS
+from wmtp_jax.settings import ALGORITHMS
 from wmtp_jax.tracking.tracker import read_metrics
 
 pytestmark = pytest.mark.slow

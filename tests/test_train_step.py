@@ -16,7 +16,7 @@ import wmtp_jax.run.train as in_jax
 from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.model import Model, ModelSettings, merge, split
 from wmtp_jax.parallel.placement import Placement
-from wmtp_jax.settings import Weighting
+from wmtp_jax.settings import AlignedWeighting as Weighting
 from wmtp_jax.train_step import (
     Reference,
     head_statistics,

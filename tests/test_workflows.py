@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wmtp_jax.config import ALGORITHMS
+from wmtp_jax.settings import ALGORITHMS
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

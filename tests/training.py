@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from wmtp_jax.config import defaults
+from wmtp_jax.config import defaults, freeze
 from wmtp_jax.run import loop
+from wmtp_jax.settings import Configuration
 from wmtp_jax.tracking.tracker import read_metrics
 
 # Wall-clock measurements differ between two runs of the same arithmetic.
 TIMING = ("time", "train/tokens_per_second", "train/mfu")
 
 
-def tiny_config(python_corpus: Path, cache: Path, **changes) -> ConfigDict:
+def tiny_config(python_corpus: Path, cache: Path, **changes) -> Configuration:
     """A configuration that trains in seconds; `critic__steps=4` sets config.critic.steps. All share one set of shapes."""
     c = defaults()
     c.data.sources = (f"text:{python_corpus}/*.py",)
@@ -34,13 +37,15 @@ def tiny_config(python_corpus: Path, cache: Path, **changes) -> ConfigDict:
     c.eval.bigram, c.eval.completions = False, 0
     c.checkpoint.every = 4
     c.tracking.enabled = False
-    for key, value in changes.items():
-        *sections, leaf = key.split("__")
-        section = c
-        for name in sections:
-            section = section[name]
-        section[leaf] = value
-    return c
+    c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return freeze(c)
+
+
+def changed(config: Configuration, changes: dict[str, Any]) -> Configuration:
+    """The configuration with other values of some keys, `{"train.steps": 3}`."""
+    c = ConfigDict(dataclasses.asdict(config))
+    c.update_from_flattened_dict(changes)
+    return freeze(c)
 
 
 def comparable(workdir: Path) -> list[dict]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from wmtp_jax.config import freeze
 from wmtp_jax.errors import NonFiniteLoss, UserError
+from wmtp_jax.settings import Configuration
 from wmtp_jax.storage.s3 import is_remote, join, shown
 
 
@@ -54,7 +57,7 @@ def define_config_flag() -> None:
         "config",
         None,
         "The recipe and its target: configs/NAME.py[:local|mps|gpu|vessl]. Any key can be changed with "
-        "--config.SECTION.KEY=VALUE; wmtp_jax/config.py lists every key with its meaning.",
+        "--config.SECTION.KEY=VALUE; wmtp_jax/settings.py lists every key with its meaning.",
         lock_config=True,
     )
 
@@ -123,7 +126,7 @@ def run(main: Callable[..., None], *, description: str, required: tuple[str, ...
         except (AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError, ImportError) as error:
             # config_flags runs the recipe and sets its keys while it parses, and lets whatever happens there through.
             named = f"{_first_line(error)}: no such key" if isinstance(error, (AttributeError, KeyError)) else _first_line(error)
-            raise UserError(f"--config: {named} (wmtp_jax/config.py lists them, with their types)") from error
+            raise UserError(f"--config: {named} (wmtp_jax/settings.py lists them, with their types)") from error
         if len(rest) > 1 and not arguments:
             raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
         for name in required:
@@ -164,7 +167,8 @@ def train_options() -> dict[str, Any]:
     if workdir and is_remote(workdir):
         if config.checkpoint.remote not in ("", workdir):
             raise UserError(f"--workdir={workdir} and config.checkpoint.remote = {config.checkpoint.remote!r}: give one of them")
-        config.checkpoint.remote, workdir = join(workdir), "runs/" + join(workdir).rpartition("/")[2]
+        config = replace(config, checkpoint=replace(config.checkpoint, remote=join(workdir)))
+        workdir = "runs/" + join(workdir).rpartition("/")[2]
     run_name = values.run_name or f"{recipe_name(values['config'].config_filename)}-{config.weighting.algorithm}"  # pyrefly: ignore[missing-attribute]  # of its flag
     return {
         "config": config,
@@ -189,12 +193,16 @@ def _flags_help() -> str:
     return "\n".join(lines)
 
 
-def config_from_flags() -> ConfigDict:
-    """The recipe with the command line's changes.
+def config_from_flags() -> Configuration:
+    """The recipe with the command line's changes, checked.
 
     Raises:
-      UserError: the recipe is not there.
+      UserError: the recipe is not there, or a value is one that can't be.
     """
+    return freeze(_tree_from_flags())
+
+
+def _tree_from_flags() -> ConfigDict:
     config = flags.FLAGS.config
     try:
         config.lock()

@@ -50,7 +50,7 @@ def main() -> None:
     from wmtp_jax.evaluation.tasks import load_task
     from wmtp_jax.export.export import load_whole
     from wmtp_jax.parallel.devices import choose_device, keep_compiled_programs
-    from wmtp_jax.run.inputs import is_published
+    from wmtp_jax.pretrained.locating import is_published
 
     tasks, ks, sources = checked
     if any(task in STOPS for task in tasks):

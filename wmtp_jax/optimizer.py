@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import optax
 
-from wmtp_jax.settings import OptimizerSettings
+from wmtp_jax.settings import Optimizer
 
 # Tables and the heads' unembeddings: their rows are tokens, so Muon's orthogonal update does not suit them (Jordan et al. 2024).
 TABLES = ("embedding", "position_embedding", "unembedding")
 
 
-def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedule:
+def make_schedule(settings: Optimizer, total_steps: int) -> optax.Schedule:
     """Step (0-based) -> factor in [0, 1] of the highest learning rate.
 
     Linear warm-up, then `cosine` to `final_fraction`, `wsd` (arXiv 2404.06395: stable, then a linear fall to
@@ -30,10 +30,8 @@ def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedu
             stable = max(rest - decay, 0)
             fall = optax.linear_schedule(1.0, settings.final_fraction, min(decay, rest))
             after = optax.join_schedules([optax.constant_schedule(1.0), fall], [stable])
-        case "constant":
+        case _:  # constant; `settings.Optimizer` has refused all others
             after = optax.constant_schedule(1.0)
-        case _:
-            raise ValueError(f"schedule {settings.schedule!r}: must be cosine, wsd or constant")
     if warmup == 0:
         return after
     # From 1/(warmup+1): a first step with rate 0 would be a step that learns nothing.
@@ -56,7 +54,9 @@ def parameter_kinds(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(kind, parameters)
 
 
-def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    settings: Optimizer, total_steps: int, *, value_learning_rate: float = 0.0
+) -> optax.GradientTransformation:
     """Clipping, then AdamW, or Muon for matrices with AdamW for the rest (with Nesterov's momentum, as optax's Muon has it).
 
     Weight decay applies to matrices only. Parameters under `value_head` get AdamW without decay at `value_learning_rate`,
@@ -68,7 +68,7 @@ def make_optimizer(settings: OptimizerSettings, total_steps: int) -> optax.Gradi
         return jax.tree_util.tree_map_with_path(name, parameters)
 
     factor = make_schedule(settings, total_steps)
-    groups = {"model": _model_rule(settings, factor), "value_head": _value_rule(settings, factor)}
+    groups = {"model": _model_rule(settings, factor), "value_head": _value_rule(settings, value_learning_rate, factor)}
     clipped = {name: _clipped(rule, settings.clip_norm) for name, rule in groups.items()}
     return optax.partition(clipped, labels)
 
@@ -81,12 +81,11 @@ def _scaled(rate: float, factor: optax.Schedule) -> optax.Schedule:
     return lambda step: rate * factor(step)
 
 
-def _value_rule(settings: OptimizerSettings, factor: optax.Schedule) -> optax.GradientTransformation:
-    rate = _scaled(settings.value_learning_rate, factor)
-    return optax.adamw(rate, b1=settings.b1, b2=settings.b2, eps=settings.epsilon, weight_decay=0.0)
+def _value_rule(settings: Optimizer, rate: float, factor: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(_scaled(rate, factor), b1=settings.b1, b2=settings.b2, eps=settings.epsilon, weight_decay=0.0)
 
 
-def _model_rule(settings: OptimizerSettings, factor: optax.Schedule) -> optax.GradientTransformation:
+def _model_rule(settings: Optimizer, factor: optax.Schedule) -> optax.GradientTransformation:
     def is_matrix(parameters: Any) -> Any:
         return jax.tree.map(lambda kind: kind == "matrix", parameter_kinds(parameters))
 
@@ -100,7 +99,7 @@ def _model_rule(settings: OptimizerSettings, factor: optax.Schedule) -> optax.Gr
                 weight_decay=settings.weight_decay,
                 mask=is_matrix,
             )
-        case _:  # muon; `OptimizerSettings` has refused all others
+        case _:  # muon; `settings.Optimizer` has refused all others
 
             def dimensions(parameters: Any) -> Any:
                 # The last two axes are (in, out); an axis before them stacks layers, each orthogonalised by itself.

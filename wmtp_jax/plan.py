@@ -18,15 +18,13 @@ import time
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from wmtp_jax import cli
-from wmtp_jax.config import validate
 from wmtp_jax.errors import UserError
 from wmtp_jax.parallel.mesh import AXES, Sizes, check_model, check_rows, described, mesh_sizes, micro_batches
 from wmtp_jax.planning import costs
 from wmtp_jax.run import summary
-from wmtp_jax.settings import ModelSettings
+from wmtp_jax.settings import Configuration, Mesh, ModelSettings
 
 KINDS = (*costs.DEVICES, "cpu")
 _MOST_DEVICES = 4096
@@ -39,48 +37,46 @@ def main() -> None:
         raise UserError(f"--device_kind={values.device_kind}: not known; one of " + ", ".join(KINDS))
     if not 1 <= values.devices <= _MOST_DEVICES:
         raise UserError(f"--devices={values.devices}: from 1 to {_MOST_DEVICES}")
+    config.check_experiment()
     config = _with_mesh(config, values.mesh)
-    validate(config)
     sizes = mesh_sizes(config.mesh, values.devices, exactly=True)
     config, changes = with_rows_for_all(config, sizes)
     check_rows(sizes, config)
     print(report(config, sizes, kind, changes))
 
 
-def _with_mesh(config: ConfigDict, given: list[str]) -> ConfigDict:
+def _with_mesh(config: Configuration, given: list[str]) -> Configuration:
     """The configuration with the mesh of `--mesh`, axes that are not named being 1."""
     if not given:
         return config
-    changed = ConfigDict(config.to_dict())
-    changed.mesh.update(dict.fromkeys(AXES, 1))
+    sizes = dict.fromkeys(AXES, 1)
     for part in given:
         axis, equals, size = part.partition("=")
         if axis not in AXES or not equals or not size.lstrip("-").isdigit():
             raise UserError(f"--mesh: {part!r} is not AXIS=DEVICES with an axis of " + ", ".join(AXES))
-        changed.mesh[axis] = int(size)
-    return changed.lock()
+        sizes[axis] = int(size)
+    return dataclasses.replace(config, mesh=Mesh(**sizes))
 
 
-def with_rows_for_all(config: ConfigDict, sizes: Sizes) -> tuple[ConfigDict, list[str]]:
+def with_rows_for_all(config: Configuration, sizes: Sizes) -> tuple[Configuration, list[str]]:
     """The configuration with a row for every device in every micro-batch, and the changes that this took.
 
     Fewer micro-batches first, since they change no result; then a larger batch.
     """
-    shards, train = sizes["data"] * sizes["fsdp"], config.train
-    changed, changes = ConfigDict(config.to_dict()), []
-    if train.batch_size % shards:
-        changed.train.batch_size = -(-train.batch_size // shards) * shards
-        changes.append(f"config.train.batch_size={changed.train.batch_size} instead of {train.batch_size}")
-    changed.train.accumulation = micro_batches(changed, shards)
-    if changed.train.accumulation != train.accumulation:
-        changes.append(f"config.train.accumulation={changed.train.accumulation} instead of {train.accumulation}")
-    return changed.lock(), changes
+    shards, train, changes = sizes["data"] * sizes["fsdp"], config.train, []
+    rows = -(-train.batch_size // shards) * shards
+    if rows != train.batch_size:
+        changes.append(f"config.train.batch_size={rows} instead of {train.batch_size}")
+    accumulation = micro_batches(rows, train.accumulation, shards)
+    if accumulation != train.accumulation:
+        changes.append(f"config.train.accumulation={accumulation} instead of {train.accumulation}")
+    train = dataclasses.replace(train, batch_size=rows, accumulation=accumulation)
+    return dataclasses.replace(config, train=train), changes
 
 
-def model_of(config: ConfigDict) -> ModelSettings:
+def model_of(config: Configuration) -> ModelSettings:
     """The model that training would make, without its corpus."""
     from wmtp_jax.run.inputs import base_settings, open_base
-    from wmtp_jax.run.unpacking import adapter_settings, model_settings
     from wmtp_jax.tokenizer.tokenizer import load_tokenizer
 
     c = config.data
@@ -89,11 +85,11 @@ def model_of(config: ConfigDict) -> ModelSettings:
         settings = base_settings(base, config)
     else:
         vocabulary = c.vocabulary_size if c.tokenizer == "bpe" else load_tokenizer(c.tokenizer).vocabulary_size
-        settings = model_settings(config.model, vocabulary, c.sequence_length)
-    return dataclasses.replace(settings, **adapter_settings(config))
+        settings = config.model.resolve(vocabulary, c.sequence_length)
+    return config.pretrained.with_adapters(settings)
 
 
-def report(config: ConfigDict, sizes: Sizes, kind: str, changes: list[str]) -> str:
+def report(config: Configuration, sizes: Sizes, kind: str, changes: list[str]) -> str:
     """The plan, as lines of text.
 
     Args:
@@ -157,7 +153,7 @@ def report(config: ConfigDict, sizes: Sizes, kind: str, changes: list[str]) -> s
 
 
 def compile_plan(
-    config: ConfigDict, settings: ModelSettings, sizes: Sizes
+    config: Configuration, settings: ModelSettings, sizes: Sizes
 ) -> tuple[costs.Work, dict[str, int], float, str]:
     """What the update does, bytes a device by part, the seconds that lowering and compiling took, and why the reference's model
     could not be looked at, "" where it could or there is none. Its losses then count as stored beforehand."""
@@ -170,23 +166,33 @@ def compile_plan(
     jax.config.update("jax_num_cpu_devices", count)
 
     from wmtp_jax.model import flatten
+    from wmtp_jax.optimizer import make_optimizer
     from wmtp_jax.parallel import sharding
     from wmtp_jax.planning.abstract_update import abstract_reference, bytes_on_a_device, lower_update
-    from wmtp_jax.run.unpacking import trainable, weighting_settings
+    from wmtp_jax.run.stage import objective_of
 
-    weighting = weighting_settings(config)
+    weighting = config.weighting
     # A directory of stored losses is named, or else the step may have to compute them.
     stored = weighting.needs_reference and config.reference.losses not in ("auto", "step")
+    rows, length = config.train.batch_size, config.data.sequence_length
     reference, missing = None, ""
     if weighting.needs_reference and not stored:
+        own = config.reference.model.resolve(settings.vocabulary_size, length)
         try:
-            reference = abstract_reference(config, settings.vocabulary_size)
+            reference = abstract_reference(config.reference.path, own)
         except UserError as error:
             stored, missing = True, str(error)
     mesh = sharding.make_mesh(sizes) if count > 1 else None
     start = time.perf_counter()
     update = lower_update(
-        config, settings, mesh=mesh, steps=config.train.steps or 1, reference=reference, stored_losses=stored
+        settings,
+        objective_of(config),
+        make_optimizer(config.optimizer, config.train.steps or 1, value_learning_rate=config.critic.learning_rate),
+        rows=rows,
+        length=length,
+        mesh=mesh,
+        reference=reference,
+        stored_losses=stored,
     )
     # Machine code is not what is asked for: memory is assigned before it is made.
     compiled = update.lowered.compile(compiler_options={"xla_backend_optimization_level": 0})  # pyrefly: ignore[bad-assignment]  # XLA wants an int
@@ -211,10 +217,10 @@ def compile_plan(
     work = costs.Work(
         settings=settings,
         sizes=dict(sizes),
-        rows=config.train.batch_size,
-        length=config.data.sequence_length,
+        rows=rows,
+        length=length,
         accumulation=config.train.accumulation,
-        trained=trainable(config).parts,
+        trained=config.pretrained.trainable,
         named=named,
         trained_share=trained / sum(size for size, _ in named.values()),
     )

@@ -10,7 +10,7 @@ then chooses tokens by the reference alone, its loss, its entropy, or both, and 
 
 --config.weighting.score=reference_loss | reference_entropy | reference_both --config.reference.path=WORKDIR/reference
 
-where config.py says how this is read. Without it, tokens are ranked by the excess loss over a model that has seen them.
+where settings.py says how this is read. Without it, tokens are ranked by the excess loss over a model that has seen them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from wmtp_jax import cli
+from wmtp_jax.settings import Configuration
 
 
-def score(config: ConfigDict, *, workdir: Path, self_reference: bool = False, device: str | None = None) -> None:
+def score(config: Configuration, *, workdir: Path, self_reference: bool = False, device: str | None = None) -> None:
     """Scores what the configuration describes, and prints where the scores lie.
 
     Args:

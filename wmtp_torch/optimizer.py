@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from wmtp_jax.settings import OptimizerSettings
+from wmtp_jax import settings as sections
 from wmtp_torch.schedule import make_schedule, parameter_kind
 
 Array = torch.Tensor
@@ -42,11 +42,19 @@ class Optimizer:
     Args:
       settings: the rule and its rates.
       total_steps: what the schedule is stretched to; later updates keep its last factor.
+      value_learning_rate: of the value head.
       device: of the parameters.
     """
 
-    def __init__(self, settings: OptimizerSettings, total_steps: int, *, device: torch.device | str = "cpu"):
-        self.settings = settings
+    def __init__(
+        self,
+        settings: sections.Optimizer,
+        total_steps: int,
+        *,
+        value_learning_rate: float = 0.0,
+        device: torch.device | str = "cpu",
+    ):
+        self.settings, self.value_learning_rate = settings, value_learning_rate
         factor = make_schedule(settings, total_steps)
         # A table of every step: how many updates were made, only the device knows.
         self.factors = torch.tensor([factor(step) for step in range(total_steps + 1)], device=device)
@@ -81,7 +89,7 @@ class Optimizer:
                 update, rate = self._muon(name, gradient, state, finite), s.muon_learning_rate
             else:
                 update = self._adam(name, gradient, state, finite, nesterov=rule == "adam" and s.name == "muon")
-                rate = s.value_learning_rate if rule == "value" else s.learning_rate
+                rate = self.value_learning_rate if rule == "value" else s.learning_rate
             if rule != "value" and parameter_kind(name) == "matrix":
                 update.add_(parameter, alpha=s.weight_decay)
             parameter.sub_(update.mul_(rate * factor))

@@ -14,22 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from ml_collections import ConfigDict
 
 from wmtp_jax.cli import StopSignals
-from wmtp_jax.config_checks import check_one_device
 from wmtp_jax.critic import value_sums
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.errors import UserError
 from wmtp_jax.parallel.peaks import measured_peak, peak_of
 from wmtp_jax.parallel.processes import one_process as processes  # noqa: F401  of `stage.Backend`
+from wmtp_jax.parallel.processes import refuse_several
 from wmtp_jax.pretrained import Published, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
+from wmtp_jax.pretrained.locating import is_published
 from wmtp_jax.run import experiment, loop, stage_ends, summary
-from wmtp_jax.run.inputs import is_published
 from wmtp_jax.run.stage import Stage
-from wmtp_jax.run.unpacking import critic_settings, objective, optimizer_settings, total_steps
-from wmtp_jax.settings import ModelSettings
+from wmtp_jax.settings import Configuration, ModelSettings
 from wmtp_torch import train_step as steps
 from wmtp_torch.checkpoint import Checkpoints, as_tensor, load_model
 from wmtp_torch.model import Model, initial_parameters, merge
@@ -39,18 +37,18 @@ from wmtp_torch.train_step import Batch, TrainState
 NAME = "torch"  # this and what has no underscore below are `stage.Backend`
 
 
-def train(config: ConfigDict, **options: Any) -> None:
+def train(config: Configuration, **options: Any) -> None:
     """Trains what the configuration describes; `experiment.run_experiment` says with what options and errors."""
     experiment.run_experiment(config, sys.modules[__name__], **options)
 
 
-def choose_device(name: str | None, config: ConfigDict) -> torch.device:
+def choose_device(name: str | None, config: Configuration) -> torch.device:
     """The device of that name (mps, cuda, cpu), or the first of these that is there.
 
     Raises:
       UserError: there is no such device here, or the configuration asks for several.
     """
-    check_one_device(config)
+    _check_one_device(config)
     present = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available(), "cpu": True}
     if name is None:
         return torch.device(next(kind for kind, there in present.items() if there))
@@ -68,7 +66,7 @@ def check_stage(stage: Stage, device: torch.device) -> None:
 def print_plan(stage: Stage, device: torch.device) -> None:
     """What a run would do; what it needs of memory is the JAX backend's to say."""
     config, settings = stage.config, stage.model
-    model = Model(settings, value_head=critic_settings(config) is not None)
+    model = Model(settings, value_head=config.weighting.needs_values)
     rows = stage_ends.plan_rows(stage, sum(p.numel() for p in model.parameters()))
     print(summary.facts("plan (--dry_run: nothing is trained)", [*rows, ("device", str(device))]))
 
@@ -102,8 +100,8 @@ def load_reward_model(published: Published, device: torch.device) -> Callable[[n
 def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> None:
     """Trains a model and its heads; with a critic, its value head beside them."""
     config, settings = stage.config, stage.model
-    minimised = objective(config)
-    critic, trained, seed = minimised.critic, minimised.trainable, config.train.seed
+    objective = stage.objective
+    critic, trained, seed = objective.critic, objective.trainable, config.train.seed
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     if stage.trunk is None:
@@ -112,22 +110,24 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
         parameters = _place(stage.initial(_shapes(settings, value_head=critic is not None)), device)
     model = merge(settings, parameters)
     parameters = {n: p.requires_grad_(trained.first(n) is not None) for n, p in model.named_parameters()}
-    optimizer = Optimizer(optimizer_settings(config), total_steps(config, stage.corpus), device=device)
+    optimizer = Optimizer(
+        config.optimizer, stage.steps, value_learning_rate=config.critic.learning_rate, device=device
+    )
 
     # ---- functions of a step -----------------------------------------------------------------------------------------
     def step(state: TrainState, batch: steps.Batch) -> tuple[TrainState, Any]:
-        options = {"model": model, "optimizer": optimizer, "objective": minimised}
+        options = {"model": model, "optimizer": optimizer, "objective": objective}
         return steps.train_step(state, batch, stage.reference, **options)
 
     token_bytes, token_batch = torch.from_numpy(stage.corpus.tokenizer.token_bytes).to(device), stage.token_batch
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
         values = (lambda b: _value_sums(model, _move(b, device), critic.discount)) if critic is not None else None
-        return stage.evaluate(lambda b: _batch_sums(model, _move(b, device), token_bytes, minimised.chunk_size), values)
+        return stage.evaluate(lambda b: _batch_sums(model, _move(b, device), token_bytes, objective.chunk_size), values)
 
     def inspect_state(state: TrainState) -> dict[str, Any]:
         entries = steps.inspect_tokens(
-            model, _move(token_batch, device), stage.reference, state.step, objective=minimised
+            model, _move(token_batch, device), stage.reference, state.step, objective=objective
         )
         return {**token_batch, **{name: tensor.detach().cpu().numpy() for name, tensor in entries.items()}}  # pyrefly: ignore[invalid-argument]  # there is one
 
@@ -144,7 +144,7 @@ def train_model(stage: Stage, device: torch.device, signals: StopSignals) -> Non
 
 def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> None:
     """Trains a value head on a frozen model: stage 1 of the critic."""
-    config, settings, critic = stage.config, stage.model, critic_settings(stage.config)
+    config, settings, critic = stage.config, stage.model, stage.config.critic
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     fresh = initial_parameters(settings, config.train.seed, value_head=True)
@@ -152,7 +152,9 @@ def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> No
     trunk = _place(stage.initial(_shapes(settings)), device)
     model = merge(settings, {**trunk, **_move(head, device)}).requires_grad_(False)
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if name in head}
-    optimizer = Optimizer(optimizer_settings(config), total_steps(config, stage.corpus), device=device)
+    optimizer = Optimizer(
+        config.optimizer, stage.steps, value_learning_rate=config.critic.learning_rate, device=device
+    )
 
     # ---- functions of a step -----------------------------------------------------------------------------------------
     options = {"critic": critic, "accumulation": config.train.accumulation}
@@ -171,13 +173,26 @@ def train_values(stage: Stage, device: torch.device, signals: StopSignals) -> No
 # ---- pieces of the above ---------------------------------------------------------------------------------------------
 
 
+def _check_one_device(config: Configuration) -> None:
+    """Refuses several processes, a mesh of several devices and jax's profiler."""
+    refuse_several("the torch backend trains in one")
+    if config.train.profile:
+        config.train.refuse("profile", "() with the torch backend: it is jax's profiler")
+    for axis, size in dataclasses.asdict(config.mesh).items():
+        # All that is there is one device; but to ask for parameters in parts is to ask for what fits no single one.
+        if size > 1 or (size == -1 and axis != "data"):
+            raise UserError(
+                f"config.mesh.{axis} = {size}: the torch backend trains on one device; set it to 1, or train with wmtp_jax.main"
+            )
+
+
 def _run(
     stage: Stage, device: torch.device, signals: StopSignals, state: TrainState, *, step: Callable, **functions: Any
 ) -> tuple[TrainState, int | None]:
     """A stage through the loop, from its first state: the last state, and the step of the best checkpoint."""
     training = stage.training(
         NAME, device=f"torch on {device.type}", parameters=sum(p.numel() for p in state.parameters.values()),
-        rate=make_schedule(optimizer_settings(stage.config), total_steps(stage.config, stage.corpus)),
+        rate=make_schedule(stage.config.optimizer, stage.steps),
         checkpoints=Checkpoints, state=state, update=lambda state, batch: step(state, _move(batch, device)),
         explain=_explain, peak_flops=_peak_flops(device), **functions,
     )  # fmt: skip

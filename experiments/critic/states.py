@@ -29,13 +29,14 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from wmtp_jax.config import freeze
 from wmtp_jax.critic import value_loss, value_sums
 from wmtp_jax.data.pipeline import Batches, make_batch, validation_batches
 from wmtp_jax.evaluation.metrics import value_metrics
 from wmtp_jax.model import abstract_parameters, flatten, initial_parameters, merge, nest
 from wmtp_jax.optimizer import make_optimizer
-from wmtp_jax.run.inputs import base_settings, open_base, start_of
-from wmtp_jax.run.unpacking import critic_settings, load_data, optimizer_settings, value_config
+from wmtp_jax.run.experiment import value_config
+from wmtp_jax.run.inputs import base_settings, load_data, open_base, start_of
 from wmtp_jax.stored import rewards
 from wmtp_jax.train_step import shared_states, token_values
 
@@ -96,11 +97,11 @@ def train_head(
     corpus: Any, states: np.ndarray, settings: Any, config: Any, held_out: list[dict], say: Callable[[str], None]
 ) -> list[tuple[int, float, float]]:
     """One value stage: (step, value loss, share of the variance explained) of every evaluation, all on the held-out rows."""
-    critic = critic_settings(config)
+    critic = config.critic
     definition, drawn = initial_parameters(settings, config.train.seed, value_head=True)
     parameters = {"value_head": drawn["value_head"]}
     rest = abstract_parameters(settings)[1]  # the states are there: shapes of what made them will do
-    optimizer = make_optimizer(optimizer_settings(config), config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, value_learning_rate=critic.learning_rate)
     state = (parameters, optimizer.init(parameters))
 
     def objective(parameters: Any, batch: Any) -> jax.Array:
@@ -154,13 +155,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--verbose", action="store_true", help="every evaluation")
     given = parser.parse_args()
-    config = runpy.run_path(given.config)["get_config"]("local")
-    config.data.sources, config.data.sequence_length = (given.source,), given.rows
-    config.reward.source = "unit_tests"
-    config.train.batch_size = given.batch_size
-    config.critic.steps, config.critic.eval_every = given.steps, given.every
+    tree = runpy.run_path(given.config)["get_config"]("local")
+    tree.data.sources, tree.data.sequence_length = (given.source,), given.rows
+    tree.reward.source = "unit_tests"
+    tree.train.batch_size = given.batch_size
+    tree.critic.steps, tree.critic.eval_every = given.steps, given.every
     if given.decay is not None:
-        config.critic.decay = given.decay
+        tree.critic.decay = given.decay
+    config = freeze(tree)
     corpus = rewards.with_rewards(load_data(config), rewards.unit_tests())
     states, settings = states_of(corpus, given.states, config)
     corpus = with_row_numbers(corpus)
@@ -170,8 +172,8 @@ def main() -> None:
     for rate in given.learning_rates:
         last, best = [], []
         for seed in range(given.seeds):
-            config.critic.learning_rate, config.train.seed = rate, seed
-            found = train_head(corpus, states["train"], settings, value_config(config), held_out, say)
+            tree.critic.learning_rate, tree.train.seed = rate, seed
+            found = train_head(corpus, states["train"], settings, value_config(freeze(tree)), held_out, say)
             step, _, share = min(found, key=lambda evaluation: evaluation[1])
             last.append(found[-1][2])
             best.append(share)

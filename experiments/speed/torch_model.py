@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from wmtp_jax.data.targets import positions, shift_targets
-from wmtp_jax.settings import ModelSettings, OptimizerSettings, Weighting, rotary_frequencies
+from wmtp_jax.settings import ModelSettings, Weighting, rotary_frequencies
+from wmtp_jax.settings import Optimizer as Rule
 from wmtp_jax.update import Objective
 from wmtp_torch.model import initial_parameters, merge
 from wmtp_torch.optimizer import Optimizer
 from wmtp_torch.train_step import initial_state, train_step
 
-OPTIMIZER = OptimizerSettings(
+OPTIMIZER = Rule(
     name="adamw", learning_rate=1e-3, muon_learning_rate=0.02, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.1, clip_norm=1.0,
     schedule="constant", warmup_steps=0, decay_fraction=0.2, final_fraction=0.1,
 )  # fmt: skip

@@ -25,7 +25,8 @@ from tests.parity_table import DIFFERENCES
 from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.model import initial_parameters, nest
 from wmtp_jax.optimizer import make_optimizer
-from wmtp_jax.settings import Critic, ModelSettings, OptimizerSettings, Weighting
+from wmtp_jax.settings import Critic, ModelSettings, Weighting
+from wmtp_jax.settings import Optimizer as Rule
 from wmtp_jax.update import Objective
 from wmtp_torch.model import merge
 from wmtp_torch.optimizer import Optimizer
@@ -35,9 +36,9 @@ SETTINGS = ModelSettings(
     vocabulary_size=V, width=32, layers=2, attention_heads=4, kv_heads=2, head_dim=8, mlp_width=48, max_positions=S,
     num_heads=H, head_kind="linear", initial_scale=0.1,
 )  # fmt: skip
-OPTIMIZER = OptimizerSettings(
+OPTIMIZER = Rule(
     name="adamw", learning_rate=3e-3, muon_learning_rate=0.02, b1=0.9, b2=0.95, epsilon=1e-8, weight_decay=0.1,
-    clip_norm=1.0, schedule="cosine", warmup_steps=4, decay_fraction=0.2, final_fraction=0.1, value_learning_rate=1e-2,
+    clip_norm=1.0, schedule="cosine", warmup_steps=4, decay_fraction=0.2, final_fraction=0.1,
 )  # fmt: skip
 ALGORITHMS = {
     "baseline-mtp": Weighting(),
@@ -119,7 +120,7 @@ def reference_heads(objective: Objective) -> int:
     return H if objective.alignment == "same_prefix" else 1
 
 
-def jax_curve(objective: Objective, optimizer_settings: OptimizerSettings = OPTIMIZER):
+def jax_curve(objective: Objective, optimizer_settings: Rule = OPTIMIZER):
     with_values = objective.critic is not None
     definition, _ = initial_parameters(SETTINGS, 0, value_head=with_values)
     reference = None
@@ -127,7 +128,7 @@ def jax_curve(objective: Objective, optimizer_settings: OptimizerSettings = OPTI
         heads = reference_heads(objective)
         own, _ = initial_parameters(dataclasses.replace(SETTINGS, num_heads=heads), 0)
         reference = in_jax.Reference(own, nest(start(7, num_heads=heads)))
-    optimizer = make_optimizer(optimizer_settings, STEPS)
+    optimizer = make_optimizer(optimizer_settings, STEPS, value_learning_rate=1e-2)
     step = jax.jit(
         functools.partial(in_jax.train_step, definition=definition, optimizer=optimizer, objective=objective)
     )
@@ -139,10 +140,10 @@ def jax_curve(objective: Objective, optimizer_settings: OptimizerSettings = OPTI
     return lines
 
 
-def torch_curve(objective: Objective, optimizer_settings: OptimizerSettings = OPTIMIZER, device: str = "cpu"):
+def torch_curve(objective: Objective, optimizer_settings: Rule = OPTIMIZER, device: str = "cpu"):
     model = torch_model(start(0, objective.critic is not None), device=device)
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(optimizer_settings, STEPS, device=device)
+    optimizer = Optimizer(optimizer_settings, STEPS, value_learning_rate=1e-2, device=device)
     reference = None
     if objective.weighting.needs_reference:
         heads = reference_heads(objective)
@@ -217,11 +218,11 @@ def test_twenty_updates_of_the_value_stage():
     named = start(0, True)
     head = {name: array for name, array in named.items() if name.startswith("value_head.")}
     trunk = nest({name: array for name, array in named.items() if name not in head})
-    rule = make_optimizer(OPTIMIZER, STEPS)
+    rule = make_optimizer(OPTIMIZER, STEPS, value_learning_rate=1e-2)
     step = jax.jit(functools.partial(in_jax.value_step, definition=definition, optimizer=rule, critic=Critic()))
     state = in_jax.initial_state(jax.tree.map(jnp.asarray, nest(head)), rule)
     model = torch_model(named).requires_grad_(False)
-    optimizer = Optimizer(OPTIMIZER, STEPS)
+    optimizer = Optimizer(OPTIMIZER, STEPS, value_learning_rate=1e-2)
     parameters = {name: p.requires_grad_() for name, p in model.named_parameters() if name in head}
     other = in_torch.initial_state(parameters, optimizer)
     worst = 0.0
@@ -252,7 +253,7 @@ def test_twenty_updates_with_muon():
 def test_a_non_finite_update_is_left_out_in_torch():
     model = torch_model(start(0))
     parameters = dict(model.named_parameters())
-    optimizer = Optimizer(OPTIMIZER, STEPS)
+    optimizer = Optimizer(OPTIMIZER, STEPS, value_learning_rate=1e-2)
     step = functools.partial(in_torch.train_step, model=model, optimizer=optimizer, objective=Objective(Weighting()))
     state, _ = step(in_torch.initial_state(parameters, optimizer), torch_batch(make_batch(0)), None)
     before = {name: p.detach().clone() for name, p in parameters.items()}

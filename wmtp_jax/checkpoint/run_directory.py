@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -13,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from wmtp_jax.checkpoint.manifest import MANIFEST
-from wmtp_jax.config import flatten
 from wmtp_jax.errors import UserError
 from wmtp_jax.parallel.processes import Processes
+from wmtp_jax.settings import Configuration
 from wmtp_jax.storage import files, s3
 from wmtp_jax.storage.redact import redacted
 
@@ -147,26 +147,25 @@ def find_checkpoint(path: str | Path) -> Path:
     return folder / str(max(steps))
 
 
-def plain(config: ConfigDict) -> dict[str, Any]:
+def plain(config: Configuration) -> dict[str, Any]:
     """The tree as JSON values (tuples become lists), without passwords: it is written to files that are passed on."""
-    return redacted(json.loads(config.to_json()))
+    return redacted(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
-def check_continues(config: ConfigDict, stored: dict[str, Any], where: Path) -> None:
-    """Refuses to continue a run under a configuration that would make it another one.
+def check_continues(config: Configuration, stored: dict[str, Any], where: Path) -> None:
+    """Refuses to continue a run under a configuration that would make it another one. A key that is newer than the run counts
+    as its default, under which a run is what it was before there was the key.
 
     Raises:
       UserError: names the first key that differs, with both values.
     """
-    before = dict(_flatten_plain(stored))
-    now = dict(_flatten_plain(plain(config)))
-    for key, _ in flatten(config):
-        if key.startswith(FREE_KEYS) or (key in before and before[key] == now[key]):
+    before = dict(_flatten_plain(plain(Configuration()))) | dict(_flatten_plain(stored))
+    for key, now in _flatten_plain(plain(config)):
+        if key.startswith(FREE_KEYS) or before[key] == now:
             continue
-        was = f"config.{key} = {before[key]!r}" if key in before else f"a version that has no config.{key}"
         raise UserError(
-            f"{where}: was made with {was}, not {now[key]!r}; set it back, choose another --workdir, or start anew with "
-            "--resume=never"
+            f"{where}: was made with config.{key} = {before[key]!r}, not {now!r}; set it back, choose another --workdir, or "
+            "start anew with --resume=never"
         )
 
 

@@ -29,9 +29,10 @@ from wmtp_jax.export.transformers_writer import config_of, family_of, generation
 from wmtp_jax.export.whole import Lazy, Whole
 from wmtp_jax.pretrained import open_pretrained
 from wmtp_jax.pretrained.gathering import gather
+from wmtp_jax.pretrained.locating import is_published
 from wmtp_jax.pretrained.safetensors_file import write_file
 from wmtp_jax.pretrained.transformers_format import DESCRIPTION_FILE, HEADS_FILE
-from wmtp_jax.run.inputs import check_vocabulary, describe_base, end_tokens, is_published, tokenizer_of
+from wmtp_jax.run.inputs import check_vocabulary, describe_base, end_tokens, tokenizer_of
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.storage import s3
 from wmtp_jax.storage.cache import cache_directory

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from wmtp_jax.errors import UserError
-from wmtp_jax.settings import ModelSettings
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict  # the model reads AXES here, and needs no configuration
+from wmtp_jax.settings import Configuration, Mesh, ModelSettings
 
 AXES = ("data", "fsdp", "tensor", "sequence")
 REST = -1
@@ -18,7 +15,7 @@ REST = -1
 Sizes = dict[str, int]
 
 
-def mesh_sizes(c: ConfigDict, devices: int, *, exactly: bool = False) -> Sizes:
+def mesh_sizes(c: Mesh, devices: int, *, exactly: bool = False) -> Sizes:
     """The section `config.mesh` for a number of devices: the axis that is -1 gets those that the others leave.
 
     Args:
@@ -65,7 +62,7 @@ class Fit(NamedTuple):
     told: tuple[str, ...]
 
 
-def fit(config: ConfigDict, devices: int, *, exactly: bool = False) -> Fit:
+def fit(config: Configuration, devices: int, *, exactly: bool = False) -> Fit:
     """A recipe as it is, on any number of devices: where `data` or `fsdp` is -1, it gets the most devices that the rows of a
     batch can be shared out over, and where some would have no row in every micro-batch, there are fewer micro-batches, never more
     rows at a time than on one device. Neither changes a result beyond rounding.
@@ -78,7 +75,7 @@ def fit(config: ConfigDict, devices: int, *, exactly: bool = False) -> Fit:
     """
     c, rows, length = config.mesh, config.train.batch_size, config.data.sequence_length
     sizes, told = mesh_sizes(c, devices, exactly=exactly), []
-    rest = next((axis for axis in ("data", "fsdp") if c[axis] == REST), None)
+    rest = next((axis for axis in ("data", "fsdp") if getattr(c, axis) == REST), None)
     if rest is not None:
         most, others = sizes[rest], sizes["data"] * sizes["fsdp"] // sizes[rest]
 
@@ -96,7 +93,7 @@ def fit(config: ConfigDict, devices: int, *, exactly: bool = False) -> Fit:
             )
     check_rows(sizes, config)
     shards = sizes["data"] * sizes["fsdp"]
-    accumulation = micro_batches(config, shards)
+    accumulation = micro_batches(rows, config.train.accumulation, shards)
     if accumulation < config.train.accumulation:
         told.append(
             f"config.train.accumulation = {config.train.accumulation}: {accumulation} instead, so that each of {shards} devices "
@@ -105,13 +102,13 @@ def fit(config: ConfigDict, devices: int, *, exactly: bool = False) -> Fit:
     return Fit(sizes, accumulation, tuple(told))
 
 
-def micro_batches(config: ConfigDict, shards: int) -> int:
-    """`train.accumulation`, or the next lower number that leaves each of `shards` parts of a batch rows in every micro-batch."""
-    part = config.train.batch_size // shards
-    return next(count for count in range(config.train.accumulation, 0, -1) if part % count == 0)
+def micro_batches(batch_size: int, accumulation: int, shards: int) -> int:
+    """`accumulation`, or the next lower number that leaves each of `shards` parts of a batch rows in every micro-batch."""
+    part = batch_size // shards
+    return next(count for count in range(accumulation, 0, -1) if part % count == 0)
 
 
-def check_rows(sizes: Mapping[str, int], config: ConfigDict) -> None:
+def check_rows(sizes: Mapping[str, int], config: Configuration) -> None:
     """Refuses batches that the mesh can't share out evenly.
 
     Raises:

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
 from wmtp_jax.errors import UserError
 from wmtp_jax.parallel import devices, sharding
 from wmtp_jax.parallel.mesh import described, fit
 from wmtp_jax.parallel.processes import ALONE, Processes, join
+from wmtp_jax.settings import Configuration
 
 Parameters = dict[str, Any]  # nested, a leaf an array
 
@@ -129,7 +129,7 @@ class Placement:
         return sharding.place(array, NamedSharding(self.mesh, sharding.spec(axes)))
 
 
-def choose_placement(name: str | None, config: ConfigDict) -> Placement:
+def choose_placement(name: str | None, config: Configuration) -> Placement:
     """The device or the devices that everything runs on, those of all processes that the environment speaks of.
 
     Args:

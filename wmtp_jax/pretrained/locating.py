@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.pretrained.values import read_json
 from wmtp_jax.storage import hub, s3
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -21,6 +22,17 @@ def is_remote(path: str | Path) -> bool:
     runs lie by default, are none."""
     name = str(path)
     return name.startswith(_PACKAGE) or (bool(_HUB_NAME.fullmatch(name)) and not name.startswith("runs/"))
+
+
+def is_published(path: str | Path) -> bool:
+    """Whether a path stands for published weights, and not for a run or a checkpoint of this program."""
+    local = s3.local(path)
+    if not local.is_dir():
+        return local.is_file() or (not local.exists() and is_remote(path))
+    if (local / "params.json").exists():
+        return True
+    # A run's directory has a config.json as well, which names no model_type.
+    return (local / "config.json").exists() and "model_type" in read_json(local / "config.json")
 
 
 def locate(path: str | Path) -> tuple[Path, str]:

@@ -6,25 +6,28 @@ import math
 
 import jax
 
+from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.parallel.placement import Placement
 from wmtp_jax.planning.abstract_update import abstract_reference, bytes_on_a_device, lower_update
 from wmtp_jax.run import summary
 from wmtp_jax.run.stage import Stage
 from wmtp_jax.run.stage_ends import plan_rows
-from wmtp_jax.run.unpacking import total_steps, weighting_settings
 
 
 def print_plan(stage: Stage, device: Placement) -> None:
     """What a run would do and need; compiles the real update without making its arrays."""
     config, settings = stage.config, stage.model
     # One that scores rewards is gone before the update.
-    in_step = weighting_settings(config).needs_reference and not stage.has_losses
+    in_step = config.weighting.needs_reference and not stage.has_losses
+    own = config.reference.model.resolve(settings.vocabulary_size, config.data.sequence_length)
     update = lower_update(
-        config,
         settings,
+        stage.objective,
+        make_optimizer(config.optimizer, stage.steps, value_learning_rate=config.critic.learning_rate),
+        rows=config.train.batch_size,
+        length=config.data.sequence_length,
         mesh=device.mesh,
-        steps=total_steps(config, stage.corpus),
-        reference=abstract_reference(config, settings.vocabulary_size) if in_step else None,
+        reference=abstract_reference(config.reference.path, own) if in_step else None,
         stored_losses=stage.has_losses,
     )
     temporary = update.lowered.compile().memory_analysis().temp_size_in_bytes  # pyrefly: ignore[missing-attribute]  # where it compiles, it tells

@@ -10,15 +10,13 @@ goes on where it stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from ml_collections import ConfigDict
 
 from wmtp_jax.checkpoint import run_directory
 from wmtp_jax.checkpoint.manifest import problem
@@ -27,23 +25,32 @@ from wmtp_jax.checkpoint.parameters import FILE as PARAMETERS
 from wmtp_jax.checkpoint.parameters import check_backend, read_metadata, read_parameters
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.cli import Stopped, StopSignals
-from wmtp_jax.config import flatten, uses_reference, validate
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.errors import UserError, disk_errors
+from wmtp_jax.parallel.processes import Processes
 from wmtp_jax.pretrained import open_reward_model
+from wmtp_jax.pretrained.locating import is_published
 from wmtp_jax.run import compatible, loop, summary
 from wmtp_jax.run.inputs import (
     Start,
     check_vocabulary,
-    is_published,
+    load_data,
     model_key,
     open_base,
     start_of,
     with_published_trunk,
 )
 from wmtp_jax.run.stage import Backend, Named, Stage
-from wmtp_jax.run.unpacking import as_placed, load_data, reference_config, trunk_config, value_config
-from wmtp_jax.settings import ModelSettings
+from wmtp_jax.settings import (
+    Configuration,
+    Critic,
+    ModelSettings,
+    Pretrained,
+    Reference,
+    Reward,
+    Weighting,
+    flatten,
+)
 from wmtp_jax.storage.redact import redacted
 from wmtp_jax.stored import rewards
 from wmtp_jax.tracking.model_registry import model_files, model_tags
@@ -54,7 +61,7 @@ OWN_KEYS = ("data.cache_dir",)
 
 
 def run_experiment(
-    config: ConfigDict,
+    config: Configuration,
     backend: Backend,
     *,
     workdir: Path,
@@ -73,7 +80,7 @@ def run_experiment(
       Stopped: SIGINT or SIGTERM; the state was saved.
     """
     # ---- what is asked for, and where --------------------------------------------------------------------------------
-    validate(config)
+    config.check_experiment()
     config = with_published_trunk(config)
     where = backend.choose_device(device, config)
     processes = backend.processes(where)
@@ -96,9 +103,9 @@ def run_experiment(
     print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
 
     # ---- what was trained before: checked here, so that a mistake costs neither a directory nor an earlier run ---------
-    critic = config.weighting.algorithm == "critic-wmtp"
+    critic = config.weighting.needs_values
     reference, trunk_key = None, ""
-    if uses_reference(config) and config.reference.path:
+    if config.uses_reference and config.reference.path:
         last = last.with_stored_losses(config.reference.path)
         if not last.has_losses:
             reference = load_reference(config, backend, corpus, where)
@@ -142,12 +149,12 @@ def run_experiment(
             is_stop=lambda error: isinstance(error, Stopped),
             is_asked_to_stop=lambda: signals.received is not None,
         ) as mirror:
-            last = dataclasses.replace(last, mirror=mirror)
+            last = replace(last, mirror=mirror)
             tracks = config.tracking.enabled and processes.first
             tracker = _tracker(config, workdir, run_name, tags) if tracks else None
             with _status(tracker):
                 experiment = Experiment(last, backend, where, tracker, signals)
-                if reference is None and not last.has_losses and uses_reference(config):
+                if reference is None and not last.has_losses and config.uses_reference:
                     reference = experiment.train_reference()
                     last = last.with_stored_losses(workdir / "reference")
                 if critic:
@@ -155,10 +162,10 @@ def run_experiment(
                 else:
                     start = None if base is None else start_of(base, config)[0]
                     reference = None if last.has_losses else reference
-                    experiment.run_last(dataclasses.replace(last, reference=reference, trunk=start))
+                    experiment.run_last(replace(last, reference=reference, trunk=start))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Experiment:
     """What the stages of one experiment share."""
 
@@ -169,7 +176,7 @@ class Experiment:
     signals: StopSignals
 
     @property
-    def config(self) -> ConfigDict:
+    def config(self) -> Configuration:
         return self.last.config
 
     @property
@@ -183,7 +190,6 @@ class Experiment:
     def train_reference(self) -> Any:
         """Trains the reference in `workdir/reference`, or goes on with it, or finds it finished."""
         own = Stage("reference", reference_config(self.config), self.workdir / "reference", self.corpus)
-        validate(own.config)
         self._run_below(own, self.backend.train_model)
         return load_reference(self.config, self.backend, self.corpus, self.device, own.directory)
 
@@ -195,7 +201,6 @@ class Experiment:
         trunk_path = config.critic.trunk
         if not trunk_path and (base is None or config.critic.trunk_steps):
             own = Stage("trunk", trunk_config(config), workdir / "trunk", self.corpus, base=base, trunk=published[0])
-            validate(own.config)
             self._run_below(own, backend.train_model)
             trunk_path = own.directory
         if config.critic.stop_after == "trunk":
@@ -224,7 +229,7 @@ class Experiment:
 
         # ---- stage 2: the model --------------------------------------------------------------------------------------
         origins = origins | {"value_head": head_key}
-        self.run_last(dataclasses.replace(self.last, corpus=corpus, trunk=trunk, value_head=head, origins=origins))
+        self.run_last(replace(self.last, corpus=corpus, trunk=trunk, value_head=head, origins=origins))
 
     def _reference_path(self) -> str | Path:
         return self.config.reference.path or self.workdir / "reference"
@@ -244,7 +249,7 @@ class Experiment:
             plain = {key: str(value) for key, value in flatten(stage.config)}
             child = self.tracker.child(stage.name, {"stage": stage.name}, plain)
         with _status(child):
-            own = dataclasses.replace(stage, mirror=self.last.mirror, processes=self.last.processes)
+            own = replace(stage, mirror=self.last.mirror, processes=self.last.processes)
             train(own, self.device, self.signals)
             # What the next stage reads is there when the first process has written it.
             own.processes.barrier("trained")
@@ -274,11 +279,82 @@ class Experiment:
         raise ValueError(f"reward source {self.config.reward.source!r}: must be likelihood, unit_tests or reward_model")
 
 
+# ---- the configurations of the stages --------------------------------------------------------------------------------
+
+
+def as_placed(config: Configuration, processes: Processes) -> Configuration:
+    """The configuration with the micro-batches that an update takes on the devices of these processes."""
+    if processes.accumulation is None:
+        return config
+    return replace(config, train=replace(config.train, accumulation=processes.accumulation))
+
+
+def reference_config(config: Configuration) -> Configuration:
+    """Of the reference's own run: its model and steps, unweighted, everything else alike."""
+    c = _unweighted(config)
+    return replace(
+        c,
+        model=config.reference.model,
+        pretrained=Pretrained(),
+        train=replace(c.train, steps=config.reference.steps, epochs=0.0),
+        eval=replace(c.eval, stop_metric=_of_head_0(c.eval.stop_metric)),
+        checkpoint=replace(c.checkpoint, best_metric=_of_head_0(c.checkpoint.best_metric)),
+    )
+
+
+def trunk_config(config: Configuration) -> Configuration:
+    """Of the critic's stage 0: the same model, unweighted, for `critic.trunk_steps`."""
+    c = _unweighted(config)
+    return replace(c, train=replace(c.train, steps=config.critic.trunk_steps, epochs=0.0))
+
+
+def value_config(config: Configuration) -> Configuration:
+    """Of the critic's stage 1: steps, evaluation and early stopping of the value head."""
+    critic, metric = config.critic, "eval/value_loss"
+    return replace(
+        config,
+        weighting=Weighting(algorithm=config.weighting.algorithm),
+        reference=Reference(),
+        pretrained=replace(config.pretrained, trainable="all"),  # the head is all that is trained
+        critic=replace(critic, head="", stop_after=""),
+        train=replace(config.train, steps=critic.steps, epochs=0.0),
+        eval=replace(config.eval, every=critic.eval_every, patience=critic.patience, stop_metric=metric),
+        # The best head is one that was evaluated.
+        checkpoint=replace(config.checkpoint, every=critic.eval_every, best_metric=metric),
+    )
+
+
+def _unweighted(config: Configuration) -> Configuration:
+    """With the defaults of what has no say in such a run: a change there must not keep it from being gone on with."""
+    return replace(
+        config,
+        weighting=Weighting(),
+        reference=Reference(),
+        reward=Reward(),
+        critic=Critic(),
+        eval=replace(
+            config.eval, bigram=False, completions=0, token_rows=0, stop_metric=_without_values(config.eval.stop_metric)
+        ),
+        checkpoint=replace(config.checkpoint, best_metric=_without_values(config.checkpoint.best_metric)),
+    )
+
+
+def _without_values(metric: str) -> str:
+    return "eval/ce_mean" if metric == "eval/value_loss" else metric
+
+
+def _of_head_0(metric: str) -> str:
+    return "eval/ce_head_0" if metric.startswith("eval/ce_head_") else metric
+
+
+# ---- what was trained before -----------------------------------------------------------------------------------------
+
+
 def load_reference(
-    config: ConfigDict, backend: Backend, corpus: Corpus, device: Any, path: str | Path | None = None
+    config: Configuration, backend: Backend, corpus: Corpus, device: Any, path: str | Path | None = None
 ) -> Any:
     path = path or config.reference.path
-    critic = config.weighting.algorithm == "critic-wmtp"
+    critic = config.weighting.needs_values
     reference, metadata = backend.load_reference(path, device, in_step=not critic)
     # A reference that scores whole texts for rewards is read at its next token, whatever its alignment is for weights.
     alignment = "next_token" if critic else config.reference.alignment
@@ -289,7 +365,7 @@ def load_reference(
 def _load_trunk(settings: ModelSettings, corpus: Corpus, path: str | Path) -> tuple[Start, str]:
     """The trunk's parameters without a value head that may have been trained beside them, and their hash."""
     parameters, metadata = read_parameters(path)
-    compatible.check_trunk(path, metadata, dataclasses.asdict(settings), corpus)
+    compatible.check_trunk(path, metadata, asdict(settings), corpus)
     trunk = {name: leaf for name, leaf in parameters.items() if name.split(".")[0] != "value_head"}
     return lambda _: trunk.items(), rewards.parameters_key(trunk)
 
@@ -297,11 +373,11 @@ def _load_trunk(settings: ModelSettings, corpus: Corpus, path: str | Path) -> tu
 def _load_value_head(settings: ModelSettings, corpus: Corpus, path: str | Path, trunk_key: str) -> tuple[Named, str]:
     """A value head's parameters and their hash."""
     parameters, metadata = read_parameters(path)
-    compatible.check_value_head(path, metadata, dataclasses.asdict(settings), corpus, trunk=trunk_key)
+    compatible.check_value_head(path, metadata, asdict(settings), corpus, trunk=trunk_key)
     return parameters, rewards.parameters_key(parameters)
 
 
-def _tracker(config: ConfigDict, workdir: Path, run_name: str, tags: dict[str, str]) -> Tracker:
+def _tracker(config: Configuration, workdir: Path, run_name: str, tags: dict[str, str]) -> Tracker:
     return Tracker(
         config.tracking.uri,
         run_directory=workdir,

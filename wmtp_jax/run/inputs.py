@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from wmtp_jax.checkpoint.parameters import read_parameters
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
+from wmtp_jax.data.corpus import Corpus, load_corpus
 from wmtp_jax.errors import UserError
 from wmtp_jax.pretrained import Published, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
-from wmtp_jax.pretrained.locating import is_remote, locate
+from wmtp_jax.pretrained.locating import is_published, locate
 from wmtp_jax.pretrained.published import with_heads
-from wmtp_jax.pretrained.values import read_json
-from wmtp_jax.settings import ModelSettings
-from wmtp_jax.storage import s3
+from wmtp_jax.settings import Configuration, ModelSettings
 from wmtp_jax.stored.rewards import parameters_key
 from wmtp_jax.tokenizer.tokenizer import Tokenizer
 
@@ -31,17 +29,6 @@ Start = Callable[[Mapping[str, tuple[int, ...]]], Iterable[tuple[str, np.ndarray
 # Rows of an unembedding that no token has are padding, which publishers add to a round number; more than this share of the
 # vocabulary is another tokenizer.
 _MOST_PADDING = 0.1
-
-
-def is_published(path: str | Path) -> bool:
-    """Whether a path stands for published weights, and not for a run or a checkpoint of this program."""
-    local = s3.local(path)
-    if not local.is_dir():
-        return local.is_file() or (not local.exists() and is_remote(path))
-    if (local / "params.json").exists():
-        return True
-    # A run's directory has a config.json as well, which names no model_type.
-    return (local / "config.json").exists() and "model_type" in read_json(local / "config.json")
 
 
 def tokenizer_of(path: str | Path) -> str:
@@ -54,10 +41,27 @@ def model_key(path: str | Path) -> str:
     return open_pretrained(path).key if is_published(path) else parameters_key(read_parameters(path)[0])
 
 
+def load_data(config: Configuration) -> Corpus:
+    """The corpus; with published weights, and unless another is named, cut by their tokenizer."""
+    c = config.data
+    own = c.tokenizer == "bpe" and config.pretrained.path
+    return load_corpus(
+        c.sources,
+        weights=c.source_weights,
+        tokenizer=tokenizer_of(config.pretrained.path) if own else c.tokenizer,
+        vocabulary_size=c.vocabulary_size,
+        sequence_length=c.sequence_length,
+        validation_fraction=c.validation_fraction,
+        cache_dir=c.cache_dir,
+        label_field=c.label_field,
+        failed_in_loss=c.failed_in_loss,
+    )
+
+
 # ---- published weights as the start of a training ----------------------------------------------------------------------
 
 
-def with_published_trunk(config: ConfigDict) -> ConfigDict:
+def with_published_trunk(config: Configuration) -> Configuration:
     """The configuration in which a `critic.trunk` of published weights is what it is short for: `pretrained.path`, and no
     stage that trains a trunk first.
 
@@ -65,24 +69,26 @@ def with_published_trunk(config: ConfigDict) -> ConfigDict:
       UserError: `pretrained.path` names others.
     """
     trunk = config.critic.trunk
-    if config.weighting.algorithm != "critic-wmtp" or not trunk or not is_published(trunk):
+    if not config.weighting.needs_values or not trunk or not is_published(trunk):
         return config
     if config.pretrained.path not in ("", trunk):
         raise UserError(
             f"config.critic.trunk = {trunk!r} and config.pretrained.path = {config.pretrained.path!r}: both are published "
             "weights; give one of them"
         )
-    changed = ConfigDict(config.to_dict())
-    changed.pretrained.path, changed.critic.trunk, changed.critic.trunk_steps = trunk, "", 0
-    return changed.lock()
+    return dataclasses.replace(
+        config,
+        pretrained=dataclasses.replace(config.pretrained, path=trunk),
+        critic=dataclasses.replace(config.critic, trunk="", trunk_steps=0),
+    )
 
 
-def open_base(config: ConfigDict) -> Published | None:
+def open_base(config: Configuration) -> Published | None:
     """The published weights that training starts from; None where it starts from random ones."""
     return open_pretrained(config.pretrained.path) if config.pretrained.path else None
 
 
-def base_settings(base: Published, config: ConfigDict) -> ModelSettings:
+def base_settings(base: Published, config: Configuration) -> ModelSettings:
     """The published model with the heads of the configuration, computed as it says.
 
     Raises:
@@ -98,7 +104,7 @@ def base_settings(base: Published, config: ConfigDict) -> ModelSettings:
     return dataclasses.replace(settings, compute_dtype=model.compute_dtype, remat=model.remat)
 
 
-def start_of(base: Published, config: ConfigDict) -> tuple[Start, str]:
+def start_of(base: Published, config: Configuration) -> tuple[Start, str]:
     """The published parameters with new heads, and their key."""
     heads = {"num_heads": config.model.heads.count, "head_kind": config.model.heads.kind}
     return functools.partial(gather, base, **heads), f"{base.key}:{heads['num_heads']}:{heads['head_kind']}"

@@ -13,8 +13,6 @@ from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from typing import Any, Protocol
 
-from ml_collections import ConfigDict
-
 from wmtp_jax.checkpoint import run_directory
 from wmtp_jax.checkpoint.run_directory import save_arrays, write_json
 from wmtp_jax.cli import Stopped, StopSignals
@@ -25,6 +23,7 @@ from wmtp_jax.parallel.processes import ALONE, Processes
 from wmtp_jax.run.meter import Meter
 from wmtp_jax.run.progress import Progress
 from wmtp_jax.run.stopping import Stopping
+from wmtp_jax.settings import Configuration
 from wmtp_jax.tracking.metrics_file import MetricsFile
 
 Batch = dict[str, Any]
@@ -103,7 +102,7 @@ class Training:
 
 def run(
     training: Training,
-    config: ConfigDict,
+    config: Configuration,
     directory: Path,
     corpus: Corpus,
     signals: StopSignals,
@@ -249,7 +248,7 @@ class _NoFile:
     def write(self, step: int, stage: str, metrics: Mapping[str, Any]) -> None: ...
 
 
-def _restore(training: Training, config: ConfigDict, stopping: Stopping) -> Any:
+def _restore(training: Training, config: Configuration, stopping: Stopping) -> Any:
     """The newest saved state, or the first one where there is none."""
     checkpoints = training.checkpoints
     steps = checkpoints.steps()
@@ -264,7 +263,7 @@ def _restore(training: Training, config: ConfigDict, stopping: Stopping) -> Any:
 
 
 def check_continues(
-    config: ConfigDict,
+    config: Configuration,
     description: Mapping[str, Any],
     metadata: Mapping[str, Any],
     where: Path,

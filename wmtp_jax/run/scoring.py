@@ -6,23 +6,20 @@ import functools
 import time
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
 from wmtp_jax.checkpoint import run_directory
 from wmtp_jax.cli import StopSignals
-from wmtp_jax.config import uses_reference, validate
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.parallel.processes import refuse_several
 from wmtp_jax.run import summary
-from wmtp_jax.run.experiment import Experiment, load_reference
-from wmtp_jax.run.inputs import model_key, with_published_trunk
+from wmtp_jax.run.experiment import Experiment, as_placed, load_reference
+from wmtp_jax.run.inputs import load_data, model_key, with_published_trunk
 from wmtp_jax.run.stage import Backend, Stage
-from wmtp_jax.run.unpacking import as_placed, load_data
+from wmtp_jax.settings import Configuration
 from wmtp_jax.stored import reference_losses, rewards
 
 
 def score_data(
-    config: ConfigDict, backend: Backend, *, workdir: Path, self_reference: bool = False, device: str | None = None
+    config: Configuration, backend: Backend, *, workdir: Path, self_reference: bool = False, device: str | None = None
 ) -> None:
     """`python -m wmtp_jax.score`: the reference's losses and the rewards of the data, computed once and stored beside it.
 
@@ -36,7 +33,7 @@ def score_data(
     Raises:
       UserError: there is nothing to score, or what a run would refuse.
     """
-    critic = config.weighting.algorithm == "critic-wmtp"
+    critic = config.weighting.needs_values
     if self_reference and config.reference.path:
         raise UserError(
             f"config.reference.path = {config.reference.path!r}: --self_reference trains the reference; leave it empty"
@@ -48,7 +45,7 @@ def score_data(
             "config.reference.path: names the model that scores; or train one on this very data first with --self_reference"
         )
     refuse_several("one scores, and runs of several take up what it stored")
-    validate(config)
+    config.check_experiment()
     config = with_published_trunk(config)
     where = backend.choose_device(device, config)
     config, corpus = as_placed(config, backend.processes(where)), load_data(config)
@@ -58,7 +55,7 @@ def score_data(
     with StopSignals() as signals:
         experiment = Experiment(last, backend, where, None, signals)
         reference = None
-        if self_reference or (not config.reference.path and uses_reference(config)):
+        if self_reference or (not config.reference.path and config.uses_reference):
             with run_directory.locked(workdir), disk_errors(workdir, setting="--workdir"):
                 reference = experiment.train_reference()
         elif config.reference.path:

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from wmtp_jax.checkpoint import run_directory
 from wmtp_jax.checkpoint.mirror import Mirror
 from wmtp_jax.cli import StopSignals
-from wmtp_jax.config import ALGORITHMS
 from wmtp_jax.data.corpus import Corpus
-from wmtp_jax.data.pipeline import validation_batches, validation_rows
+from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches, validation_rows
 from wmtp_jax.evaluation.metrics import evaluate, value_metrics
 from wmtp_jax.evaluation.row_kinds import row_kinds
 from wmtp_jax.evaluation.token_kinds import KINDS
@@ -25,20 +23,26 @@ from wmtp_jax.planning.flops import flops_per_token, trunk_flops_per_token
 from wmtp_jax.pretrained import Published
 from wmtp_jax.run import loop
 from wmtp_jax.run.inputs import Start, base_settings, describe_base, model_key
-from wmtp_jax.run.unpacking import (
-    adapter_settings,
-    critic_settings,
-    model_settings,
-    peak_learning_rate,
-    total_steps,
-    weighting_settings,
-)
-from wmtp_jax.settings import ModelSettings
+from wmtp_jax.settings import Configuration, ModelSettings
 from wmtp_jax.stored import reference_losses
-from wmtp_jax.trainable import fresh_adapters
+from wmtp_jax.trainable import Trainable, fresh_adapters
+from wmtp_jax.update import Objective
 
 Batch = dict[str, Any]
 Named = dict[str, np.ndarray]
+
+
+def objective_of(config: Configuration) -> Objective:
+    """What the updates of a model minimise."""
+    return Objective(
+        weighting=config.weighting,
+        alignment=config.reference.alignment,
+        critic=config.critic if config.weighting.needs_values else None,
+        trainable=Trainable(config.pretrained.trainable, config.model.heads.kind),
+        seed=config.train.seed,
+        accumulation=config.train.accumulation,
+        chunk_size=config.train.loss_chunk or None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Stage:
     """
 
     name: str
-    config: ConfigDict
+    config: Configuration
     directory: Path
     corpus: Corpus
     reference: Any = None
@@ -78,8 +82,18 @@ class Stage:
         if self.base is not None:
             settings = base_settings(self.base, c)
         else:
-            settings = model_settings(c.model, self.corpus.tokenizer.vocabulary_size, c.data.sequence_length)
-        return dataclasses.replace(settings, **adapter_settings(c))
+            settings = c.model.resolve(self.corpus.tokenizer.vocabulary_size, c.data.sequence_length)
+        return c.pretrained.with_adapters(settings)
+
+    @property
+    def steps(self) -> int:
+        """Updates in all."""
+        return self.config.train.total_steps(rows_per_epoch(self.corpus))
+
+    @property
+    def objective(self) -> Objective:
+        """What the updates of this stage minimise."""
+        return objective_of(self.config)
 
     @property
     def flops_per_token(self) -> float:
@@ -120,13 +134,13 @@ class Stage:
           UserError: stored losses are of another model, tokenizer or corpus.
         """
         c = self.config
-        if ALGORITHMS[c.weighting.algorithm] != "reference" or c.reference.alignment != "next_token":
+        if not c.weighting.needs_reference or c.reference.alignment != "next_token":
             return self
         found = reference_losses.find_losses(self.corpus, c.reference.losses, functools.partial(model_key, reference))
         if found is None:
             return self
         origins = {**self.origins, "reference_losses": found.name}
-        corpus = reference_losses.with_losses(self.corpus, found, weighting_settings(c).reference_columns)
+        corpus = reference_losses.with_losses(self.corpus, found, c.weighting.reference_columns)
         return dataclasses.replace(self, corpus=corpus, origins=origins)
 
     def training(
@@ -152,11 +166,11 @@ class Stage:
           functions: those fields of `loop.Training` that touch a backend's arrays.
         """
         c, model = self.config, self.model
-        values, critic = self.name == "value", critic_settings(c) is not None
+        values, critic = self.name == "value", c.weighting.needs_values
         what = f"{c.weighting.algorithm}, {model.num_heads} {model.head_kind} heads, {parameters:,} parameters"
         if values:
             what = f"value head of {parameters:,} parameters on a frozen model, rewards by {c.reward.source}"
-        peak = c.critic.learning_rate if values else peak_learning_rate(c)
+        peak = c.critic.learning_rate if values else c.optimizer.peak_rate
 
         def measure(metrics: Any, step: int) -> dict[str, float]:
             return metrics.named(learning_rate=peak * float(rate(step)), **({} if values else {"critic": critic}))
@@ -172,7 +186,7 @@ class Stage:
         return loop.Training(
             stage=self.name,
             headline=f"{what}, on {device}",
-            steps=total_steps(c, self.corpus),
+            steps=self.steps,
             num_heads=model.num_heads,
             measure=measure,
             checkpoints=saved,
@@ -257,7 +271,7 @@ class Backend(Protocol):
     NAME: str
 
     @staticmethod
-    def choose_device(name: str | None, config: ConfigDict) -> Any:
+    def choose_device(name: str | None, config: Configuration) -> Any:
         """The device, or the devices as `config.mesh` has them, that everything runs on; UserError where there are no such."""
 
     @staticmethod

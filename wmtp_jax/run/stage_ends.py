@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from wmtp_jax.checkpoint.run_directory import write_json
-from wmtp_jax.config import uses_reference
 from wmtp_jax.data.bigram import bigram_metrics
 from wmtp_jax.data.pipeline import rows_per_epoch
 from wmtp_jax.report.curves import draw_curves
 from wmtp_jax.run import summary
 from wmtp_jax.run.stage import Stage
-from wmtp_jax.run.unpacking import total_steps, weighting_settings
 from wmtp_jax.tracking.metrics_file import read_metrics
 
 
 def plan_rows(stage: Stage, parameters: int) -> list[tuple[str, str]]:
     """What `--dry_run` says in either backend: algorithm, what is trained first, model, batch, steps."""
     config, corpus, settings = stage.config, stage.corpus, stage.model
-    weighting, c = weighting_settings(config), config.critic
+    weighting, c = config.weighting, config.critic
     first = []
     if stage.has_losses:
         first.append(("reference", f"losses stored beside the tokens, {stage.origins['reference_losses']}"))
-    elif uses_reference(config):
+    elif config.uses_reference:
         steps = f"trained first, {config.reference.steps} steps, in WORKDIR/reference"
         first.append(("reference", f"{config.reference.path}, tokenizer checked" if config.reference.path else steps))
     if weighting.needs_values:
@@ -32,12 +30,12 @@ def plan_rows(stage: Stage, parameters: int) -> list[tuple[str, str]]:
         head = c.head or f"trained on the frozen trunk, up to {c.steps} steps, in WORKDIR/value"
         first += [("trunk", trunk), ("rewards", config.reward.source), ("value head", head)]
     rows, length = config.train.batch_size, config.data.sequence_length
-    steps, two_passes = total_steps(config, corpus), config.train.accumulation > 1 and not weighting.is_local
+    steps, two_passes = stage.steps, config.train.accumulation > 1 and not weighting.is_local
     epochs = steps * rows / rows_per_epoch(corpus)
     score = f"score {weighting.score}, " if weighting.needs_reference else ""
     return [
         *([("start", f"{config.pretrained.path}, trained: {config.pretrained.trainable}")] if config.pretrained.path else []),
-        ("algorithm", f"{config.weighting.algorithm}, {score}form {config.weighting.form}, scope {config.weighting.scope}"),
+        ("algorithm", f"{weighting.algorithm}, {score}form {weighting.form}, scope {weighting.scope}"),
         *first,
         ("model", f"{settings.layers} layers, width {settings.width}, {settings.num_heads} {settings.head_kind} heads"),
         ("parameters", f"{parameters:,}"),

@@ -18,11 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
 
 from wmtp_jax.checkpoint.orbax import Checkpoints, load_model
 from wmtp_jax.cli import StopSignals
-from wmtp_jax.config import uses_reference
 from wmtp_jax.critic import value_sums
 from wmtp_jax.data.pipeline import make_batch
 from wmtp_jax.evaluation.likelihood import batch_sums
@@ -34,19 +32,12 @@ from wmtp_jax.parallel.mesh import check_model
 from wmtp_jax.parallel.placement import Placement, choose_placement
 from wmtp_jax.parallel.processes import Processes, together
 from wmtp_jax.pretrained import Published, load_pretrained
+from wmtp_jax.pretrained.locating import is_published
 from wmtp_jax.pretrained.placing import place
 from wmtp_jax.run import experiment, loop, stage_ends
 from wmtp_jax.run.dry_run import print_plan
-from wmtp_jax.run.inputs import is_published
 from wmtp_jax.run.stage import Stage
-from wmtp_jax.run.unpacking import (
-    critic_settings,
-    model_settings,
-    objective,
-    optimizer_settings,
-    total_steps,
-)
-from wmtp_jax.settings import ModelSettings
+from wmtp_jax.settings import Configuration, ModelSettings
 from wmtp_jax.train_step import (
     Batch,
     Reference,
@@ -70,14 +61,14 @@ __all__ = [
 NAME = "jax"
 
 
-def train(config: ConfigDict, **options: Any) -> None:
+def train(config: Configuration, **options: Any) -> None:
     """Trains what the configuration describes; `experiment.run_experiment` says with what options and errors."""
     keep_compiled_programs()
     with together():
         experiment.run_experiment(config, sys.modules[__name__], **options)
 
 
-def choose_device(name: str | None, config: ConfigDict) -> Placement:
+def choose_device(name: str | None, config: Configuration) -> Placement:
     return choose_placement(name, config)
 
 
@@ -90,9 +81,9 @@ def check_stage(stage: Stage, device: Placement) -> None:
         return
     key = "config.pretrained.path, its " if stage.base is not None else "config.model."
     check_model(device.mesh.shape, stage.model, prefix=key)
-    if uses_reference(stage.config) and not stage.config.reference.path:
+    if stage.config.uses_reference and not stage.config.reference.path:
         c = stage.config
-        own = model_settings(c.reference.model, stage.model.vocabulary_size, c.data.sequence_length)
+        own = c.reference.model.resolve(stage.model.vocabulary_size, c.data.sequence_length)
         check_model(device.mesh.shape, own, prefix="config.reference.model.")
 
 
@@ -149,8 +140,8 @@ def _token_statistics_on(device: Placement, definition: nnx.GraphDef) -> Callabl
 def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
     """Trains a model and its heads; with a critic, its value head beside them."""
     config, settings = stage.config, stage.model
-    minimised = objective(config)
-    critic, steps, seed = minimised.critic, total_steps(config, stage.corpus), config.train.seed
+    objective = stage.objective
+    critic, steps, seed = objective.critic, stage.steps, config.train.seed
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     if stage.trunk is None:
@@ -160,17 +151,17 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
     else:
         definition, abstract = abstract_parameters(settings, value_head=critic is not None)
         parameters = _placed(stage, abstract, device)
-    optimizer = make_optimizer(optimizer_settings(config), steps)
-    state = _first_state(device, parameters, optimizer, minimised.trainable)
+    optimizer = make_optimizer(config.optimizer, steps, value_learning_rate=config.critic.learning_rate)
+    state = _first_state(device, parameters, optimizer, objective.trainable)
     del parameters
     reference = stage.reference
 
     # ---- compiled functions ------------------------------------------------------------------------------------------
-    model = {"definition": definition, "objective": minimised}
+    model = {"definition": definition, "objective": objective}
     update = _jit_update(device, functools.partial(train_step, optimizer=optimizer, **model), state)
     inspect = device.jit(functools.partial(inspect_tokens, **model), out=device.whole)
     sums = device.jit(
-        functools.partial(batch_sums, definition=definition, chunk_size=minimised.chunk_size), out=device.whole
+        functools.partial(batch_sums, definition=definition, chunk_size=objective.chunk_size), out=device.whole
     )
     of_values = device.jit(
         functools.partial(_value_sums, definition=definition, discount=config.critic.discount), out=device.whole
@@ -194,7 +185,7 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
         NAME,
         device=str(device),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(state.parameters)),
-        rate=make_schedule(optimizer_settings(config), steps),
+        rate=make_schedule(config.optimizer, steps),
         checkpoints=functools.partial(Checkpoints, processes=stage.processes),
         state=state,
         update=lambda state, batch: update(state, device.batch(batch), reference),
@@ -220,8 +211,7 @@ def train_model(stage: Stage, device: Placement, signals: StopSignals) -> None:
 
 def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
     """Trains a value head on a frozen model: stage 1 of the critic."""
-    config, settings, critic = stage.config, stage.model, critic_settings(stage.config)
-    steps = total_steps(config, stage.corpus)
+    config, settings, critic, steps = stage.config, stage.model, stage.config.critic, stage.steps
 
     # ---- model, optimizer, state -------------------------------------------------------------------------------------
     definition, parameters = initial_parameters(
@@ -229,7 +219,7 @@ def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
     )
     parameters = {"value_head": parameters["value_head"]}
     trunk = _placed(stage, abstract_parameters(settings)[1], device)
-    optimizer = make_optimizer(optimizer_settings(config), steps)
+    optimizer = make_optimizer(config.optimizer, steps, value_learning_rate=config.critic.learning_rate)
 
     # ---- compiled functions ------------------------------------------------------------------------------------------
     step = functools.partial(
@@ -238,7 +228,7 @@ def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
     state = _first_state(device, parameters, optimizer)
     update = _jit_update(device, step, state)
     sums = device.jit(
-        functools.partial(_value_sums, definition=definition, discount=critic.discount), out=device.whole  # pyrefly: ignore[missing-attribute]  # a stage of a critic
+        functools.partial(_value_sums, definition=definition, discount=critic.discount), out=device.whole
     )
 
     def evaluate_state(state: TrainState) -> dict[str, float]:
@@ -249,7 +239,7 @@ def train_values(stage: Stage, device: Placement, signals: StopSignals) -> None:
         NAME,
         device=str(device),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(parameters)),
-        rate=make_schedule(optimizer_settings(config), steps),
+        rate=make_schedule(config.optimizer, steps),
         checkpoints=functools.partial(Checkpoints, processes=stage.processes),
         state=state,
         update=lambda state, batch: update(state, device.batch(batch), trunk),
