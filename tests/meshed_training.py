@@ -12,14 +12,14 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 
 from tests.training import changed, comparable, tiny_config  # noqa: E402
+from tests.training import run as train  # noqa: E402
 from wmtp_jax.checkpoint.orbax import load_model  # noqa: E402
 from wmtp_jax.model import flatten  # noqa: E402
-from wmtp_jax.run.train import train  # noqa: E402
 
 
 def run(config, workdir: Path, *, mesh: dict[str, int], **changes) -> list[dict]:
     sizes = {f"mesh.{axis}": size for axis, size in ({"data": 1} | mesh).items()}
-    train(changed(config, sizes | changes), workdir=workdir, run_name="mesh", tags={}, device="cpu")
+    train(changed(config, sizes | changes), workdir)
     return comparable(workdir)
 
 

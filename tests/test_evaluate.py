@@ -219,10 +219,10 @@ def test_kinds_of_tokens_and_of_what_does_not_parse():
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    from wmtp_jax.run.train import train
+    from tests.training import run as train
 
     workdir = tmp_path_factory.mktemp("evaluated") / "run"
-    train(tiny(weighting__algorithm="baseline-mtp"), workdir=workdir, run_name="evaluated", tags={})
+    train(tiny(weighting__algorithm="baseline-mtp"), workdir)
     return workdir
 
 
@@ -355,10 +355,10 @@ def test_what_a_user_can_put_right(run, tmp_path):
 
 
 def test_tasks_that_need_heads(tiny, tmp_path):
-    from wmtp_jax.run.train import train
+    from tests.training import run as train
 
     config = tiny(weighting__algorithm="baseline-mtp", model__heads__count=1, train__steps=1)
-    train(config, workdir=tmp_path / "one", run_name="one", tags={})
+    train(config, tmp_path / "one")
     for task in ("heads", "speed"):
         done = command(f"--checkpoint={tmp_path / 'one'}", f"--tasks={task}")
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "one head" in done.stderr

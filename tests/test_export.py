@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from tests.published_llama import gguf_file
 from tests.test_data_gguf_tokenizer import write_sentencepiece
 from tests.test_pretrained import MODELS, S, parameters_of, randomised, reference_logits
+from tests.training import run as train
 from wmtp_jax.checkpoint.manifest import seal
 from wmtp_jax.checkpoint.parameters import FILE, read_parameters, write_arrays
 from wmtp_jax.errors import UserError
@@ -29,7 +30,6 @@ from wmtp_jax.pretrained import load_pretrained, open_pretrained
 from wmtp_jax.pretrained.gathering import gather
 from wmtp_jax.pretrained.published import with_heads
 from wmtp_jax.run.inputs import describe_base
-from wmtp_jax.run.train import train
 from wmtp_jax.settings import ModelSettings
 from wmtp_jax.storage import s3 as storage
 from wmtp_jax.tokenizer.tokenizer import load_tokenizer, train_bpe
@@ -527,7 +527,7 @@ def test_fine_tuned_heads_have_changed_and_are_in_every_export(kind, count, form
         weighting__algorithm="baseline-mtp", pretrained__path=str(tmp_path / "base"), model__heads__kind=kind,
         model__heads__count=count, train__steps=2, eval__every=8, optimizer__learning_rate=0.01,
     )  # fmt: skip
-    train(config, workdir=tmp_path / "run", run_name="test", tags={}, resume="auto", device="cpu")
+    train(config, tmp_path / "run")
     named, _ = read_parameters(tmp_path / "run")
     before = dict(gather(open_pretrained(tmp_path / "base"), shapes_of(named), num_heads=count, head_kind=kind))
     for to in formats:

@@ -136,9 +136,9 @@ for line in sys.stdin.readlines():
     sys.argv = ["main", *json.loads(line)]  # config_flags looks for the changes of a recipe there
     rest = flags.FLAGS(sys.argv)
     assert len(rest) == 1, rest
-    options = cli.train_options()
-    options["config"].check_experiment()
-    shown = {key: value for key, value in options.items() if key != "config"} | dict(flatten(options["config"]))
+    config, options = cli.run_options()
+    config.check_experiment()
+    shown = vars(options) | dict(flatten(config))
     print(json.dumps(shown, default=str), flush=True)
     os._exit(0)
 """

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.training import run as train
 from wmtp_jax.errors import UserError
 from wmtp_jax.parallel.mesh import check_model, fit, mesh_sizes
-from wmtp_jax.run import train as in_jax
+from wmtp_jax.run.train import JaxBackend
 from wmtp_jax.settings import Configuration, Mesh, ModelSettings, Train
 
 ROOT = Path(__file__).parent.parent
@@ -112,9 +113,9 @@ def test_a_model_that_can_not_be_cut_evenly_is_refused(axis, size, what, change)
 
 
 def test_one_device_has_no_mesh_and_too_many_are_refused_before_anything_is_written(tiny, tmp_path):
-    assert in_jax.choose_device("cpu", Configuration()).mesh is None
+    assert JaxBackend("cpu", Configuration()).placement.mesh is None
     with pytest.raises(UserError, match="config.mesh.fsdp = 2: .* there is 1 device"):
-        in_jax.train(tiny(mesh__data=1, mesh__fsdp=2), workdir=tmp_path / "run", run_name="run", tags={}, device="cpu")
+        train(tiny(mesh__data=1, mesh__fsdp=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

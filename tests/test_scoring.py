@@ -16,9 +16,8 @@ import pytest
 import torch
 import transformers
 
-import wmtp_jax.run.train as in_jax
-import wmtp_torch.train as in_torch
 from tests.training import comparable
+from tests.training import run as train
 from wmtp_jax.checkpoint.orbax import load_model
 from wmtp_jax.data.targets import positions
 from wmtp_jax.errors import UserError
@@ -26,6 +25,7 @@ from wmtp_jax.model import ModelSettings, abstract_parameters, merge
 from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.pretrained import open_reward_model
 from wmtp_jax.run.inputs import load_data, model_key
+from wmtp_jax.run.train import JaxBackend
 from wmtp_jax.score import score
 from wmtp_jax.settings import REFERENCE_COLUMNS, Configuration, Optimizer, Weighting
 from wmtp_jax.stored import reference_losses, rewards
@@ -33,13 +33,9 @@ from wmtp_jax.stored.rewards import segments
 from wmtp_jax.tokenizer.tokenizer import train_bpe
 from wmtp_jax.train_step import Reference, initial_state, train_step
 from wmtp_jax.update import Objective
+from wmtp_torch.train import TorchBackend
 
 ROOT = Path(__file__).parent.parent
-
-
-def train(config, workdir: Path, backend=in_jax, **options) -> Path:
-    backend.train(config, workdir=workdir, run_name="test", tags={}, device="cpu", **options)
-    return workdir
 
 
 @pytest.fixture
@@ -51,11 +47,11 @@ def own(tiny, tmp_path):
 @pytest.fixture(scope="module")
 def reference(tiny, tmp_path_factory):
     config = tiny(weighting__algorithm="baseline-mtp", model__heads__count=1, train__steps=4)
-    return str(train(config, tmp_path_factory.mktemp("reference") / "run", in_torch))
+    return str(train(config, tmp_path_factory.mktemp("reference") / "run", TorchBackend))
 
 
 @pytest.mark.parametrize("score_of", ["excess_loss", "reference_both"])
-@pytest.mark.parametrize("backend", [in_jax, in_torch], ids=["jax", "torch"])
+@pytest.mark.parametrize("backend", [JaxBackend, TorchBackend], ids=["jax", "torch"])
 def test_runs_pick_up_stored_losses_and_train_alike(backend, score_of, own, reference, tmp_path, monkeypatch, capsys):
     own = functools.partial(own, reference__path=reference, weighting__score=score_of)
     config = own()
@@ -113,7 +109,7 @@ def test_scores_of_another_model_tokenizer_or_corpus_stop_the_run(own, reference
     score(own(reference__path=reference), workdir=tmp_path / "scores")
     corpus = load_data(own())
     [directory] = (corpus.directory / reference_losses.FOLDER).glob("[!.]*")
-    other = str(train(own(weighting__algorithm="baseline-mtp", train__steps=1), tmp_path / "other", in_torch))
+    other = str(train(own(weighting__algorithm="baseline-mtp", train__steps=1), tmp_path / "other", TorchBackend))
     cases = [
         (own(reference__path=other), "under another reference"),
         (own(reference__path=other, reference__losses=str(directory)), "another model"),
@@ -125,7 +121,7 @@ def test_scores_of_another_model_tokenizer_or_corpus_stop_the_run(own, reference
             train(config, tmp_path / "new")
         assert words in str(caught.value) and "\n" not in str(caught.value)
         assert not (tmp_path / "new").exists()
-    train(own(reference__path=other, reference__losses="step", train__steps=1), tmp_path / "step", in_torch)
+    train(own(reference__path=other, reference__losses="step", train__steps=1), tmp_path / "step", TorchBackend)
     for name in reversed(REFERENCE_COLUMNS):
         file = directory / f"0-train-{name}.npy"
         file.write_bytes(file.read_bytes()[:-50])
@@ -146,7 +142,7 @@ def test_what_an_earlier_version_stored_is_to_be_scored_again(own, reference, tm
             train(own(reference__path=reference, reference__losses=losses), tmp_path / "new")
         assert "\n" not in str(caught.value)
     score(own(reference__path=reference), workdir=tmp_path / "scores")
-    train(own(reference__path=reference, train__steps=1), tmp_path / "run", in_torch)
+    train(own(reference__path=reference, train__steps=1), tmp_path / "run", TorchBackend)
 
 
 def test_self_reference_trains_the_reference_on_the_very_data(own, tmp_path):
@@ -157,7 +153,7 @@ def test_self_reference_trains_the_reference_on_the_very_data(own, tmp_path):
     told = json.loads(manifest.read_text())
     assert told["self_reference"] and told["corpus"] == corpus.hash and told["tokenizer"] == corpus.tokenizer.fingerprint
     path = str(tmp_path / "scores" / "reference")
-    run = train(own(reference__path=path, train__steps=1, weighting__score="reference_both"), tmp_path / "run", in_torch)
+    run = train(own(reference__path=path, train__steps=1, weighting__score="reference_both"), tmp_path / "run", TorchBackend)
     assert not (run / "reference").exists()
     # What is stored, from the reference's logits; and of the first tokens, which nothing predicts, nothing.
     definition, parameters, _ = load_model(path)
@@ -253,7 +249,7 @@ def literal_rewards(model, tokens, ids) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("backend", [in_jax, in_torch], ids=["jax", "torch"])
+@pytest.mark.parametrize("backend", [JaxBackend, TorchBackend], ids=["jax", "torch"])
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_rewards_equal_transformers(name, backend, classifier):
     """Every segment by itself, some of them ending in, holding or being nothing but the padding token."""
@@ -263,7 +259,7 @@ def test_rewards_equal_transformers(name, backend, classifier):
     ids = np.repeat([[1, 2, 3, 0], [1, 1, 1, 2], [1, 1, 1, 1]], 8, axis=1).astype(np.int32)
     tokens[0, 14:16] = tokens[0, 3] = tokens[0, 16:24] = tokens[1, 23] = 0
     published = open_reward_model(directory)
-    numbers = backend.load_reward_model(published, backend.choose_device("cpu", Configuration()))
+    numbers = backend("cpu", Configuration()).load_reward_model(published)
     source = rewards.classifier(numbers, key="k", pad_token_id=published.config.get("pad_token_id"), batch_rows=3)
     got, expected = source.score(tokens, ids, None), literal_rewards(theirs, tokens, ids)
     assert expected.std() > 0.05
@@ -280,7 +276,7 @@ def test_a_critic_learns_the_rewards_of_a_published_model(tiny, classifier, tmp_
     )  # fmt: skip
     corpus = load_data(config)
     corpus.tokenizer.save(here)
-    run = train(config, tmp_path / "run", in_torch)
+    run = train(config, tmp_path / "run", TorchBackend)
     assert not (run / "reference").exists()
     [kept] = (corpus.directory / "rewards").glob("[!.]*")
     rows = corpus.sources[0].train[:6]

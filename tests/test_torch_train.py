@@ -13,22 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import wmtp_jax.run.train as in_jax
-import wmtp_torch.train as in_torch
 from tests.training import comparable, stop_after
+from tests.training import run as run_in
 from wmtp_jax.checkpoint.parameters import read_parameters
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.cli import Stopped
 from wmtp_jax.errors import NonFiniteLoss, UserError
 from wmtp_jax.run import loop
+from wmtp_jax.run.train import JaxBackend
 from wmtp_jax.settings import Configuration
 from wmtp_torch import step_directories
+from wmtp_torch.train import TorchBackend
 
 ROOT = Path(__file__).parent.parent
 
 
-def train(config, workdir, backend=in_torch, **options) -> None:
-    backend.train(config, workdir=workdir, run_name="test", tags={}, device="cpu", **options)
+def train(config, workdir, backend=TorchBackend, **options) -> Path:
+    return run_in(config, workdir, backend, **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def finished(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished_in_jax(tiny, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("jax") / "run"
-    train(tiny(), workdir, in_jax)
+    train(tiny(), workdir, JaxBackend)
     return workdir
 
 
@@ -80,8 +81,8 @@ def test_from_the_same_start_both_give_the_same_curves(tiny, finished_in_jax, tm
         "weighting__algorithm": "critic-wmtp", "critic__allow_unexplained": True,
         "reference__path": str(finished_in_jax / "reference"), "critic__trunk": str(tmp_path / "trunk"),
     }  # fmt: skip
-    train(tiny(weighting__algorithm="baseline-mtp", train__steps=4), tmp_path / "trunk", in_jax)
-    train(tiny(**given), tmp_path / "jax", in_jax)
+    train(tiny(weighting__algorithm="baseline-mtp", train__steps=4), tmp_path / "trunk", JaxBackend)
+    train(tiny(**given), tmp_path / "jax", JaxBackend)
     # The same value head, too: random starts differ.
     head = {"critic__head": str(tmp_path / "jax" / "value")}
     train(tiny(**given, **head), tmp_path / "torch")
@@ -92,7 +93,7 @@ def test_from_the_same_start_both_give_the_same_curves(tiny, finished_in_jax, tm
             if name in expected:
                 assert line[name] == pytest.approx(expected[name], rel=1e-4), (line["step"], name)
     # And back: what torch trained is a reference and a trunk in JAX.
-    train(tiny(**{**given, "critic__trunk": str(tmp_path / "torch"), "train__steps": 1}), tmp_path / "back", in_jax)
+    train(tiny(**{**given, "critic__trunk": str(tmp_path / "torch"), "train__steps": 1}), tmp_path / "back", JaxBackend)
     first, last = comparable(tmp_path / "back")[0], comparable(tmp_path / "torch")[-1]
     assert first["eval/ce_head_0"] == pytest.approx(last["eval/ce_head_0"], rel=1e-5)
 
@@ -110,7 +111,7 @@ def test_both_get_the_same_batches_byte_for_byte_after_a_resume_too(tiny, tmp_pa
 
         return Recording
 
-    for name, backend in (("torch", in_torch), ("jax", in_jax)):
+    for name, backend in (("torch", TorchBackend), ("jax", JaxBackend)):
         monkeypatch.setattr(loop, "Batches", recording(name))
         config = tiny(weighting__algorithm="baseline-mtp", train__steps=4, checkpoint__every=2)
         with monkeypatch.context() as patch:
@@ -179,7 +180,7 @@ def test_a_non_finite_loss_stops_and_explains(tiny, tmp_path):
 
 
 def test_resuming_the_other_backends_training_is_refused(finished, finished_in_jax, tiny, tmp_path):
-    for run, backend, other in ((finished, in_jax, "torch"), (finished_in_jax, in_torch, "jax")):
+    for run, backend, other in ((finished, JaxBackend, "torch"), (finished_in_jax, TorchBackend, "jax")):
         shutil.copytree(run, tmp_path / other)
         shutil.rmtree(tmp_path / other / "reference")
         config = tiny(reference__path=str(finished_in_jax / "reference"))
@@ -195,13 +196,13 @@ def test_resuming_the_other_backends_training_is_refused(finished, finished_in_j
 def test_devices(tiny, tmp_path, monkeypatch):
     for name, words in (("mps", "not available here"), ("tpu", "mps, cuda and cpu")):
         with pytest.raises(UserError, match=f"--device={name}.*{words}") as caught:
-            in_torch.train(tiny(), workdir=tmp_path / "run", run_name="test", tags={}, device=name)
+            train(tiny(), tmp_path / "run", TorchBackend, device=name)
         assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
-    assert in_torch.choose_device(None, Configuration()).type in ("mps", "cuda", "cpu")
+    assert TorchBackend(None, Configuration()).device.type in ("mps", "cuda", "cpu")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert in_torch.choose_device(None, Configuration()).type == "cuda"
+    assert TorchBackend(None, Configuration()).device.type == "cuda"
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    assert in_torch.choose_device(None, Configuration()).type == "mps"
+    assert TorchBackend(None, Configuration()).device.type == "mps"
 
 
 @pytest.mark.parametrize("axis, size", [("data", 2), ("fsdp", -1), ("tensor", 4), ("sequence", 2)])

@@ -14,20 +14,15 @@ import jax
 import numpy as np
 import pytest
 
-import wmtp_jax.run.train as trainer
 from tests.training import comparable, stop_after
+from tests.training import run as train
 from wmtp_jax.checkpoint.orbax import load_model
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.cli import Stopped
 from wmtp_jax.errors import NonFiniteLoss, UserError
-from wmtp_jax.settings import Configuration
 from wmtp_jax.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).parent.parent
-
-def train(config: Configuration, workdir: Path, **options) -> None:
-    trainer.train(config, workdir=workdir, run_name="test", tags={}, device="cpu", **options)
-
 
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory) -> Path:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import wmtp_jax.run.train as trainer
 from tests.test_train import assert_same_run
 from tests.training import changed, comparable, stop_after
+from tests.training import run as train
 from wmtp_jax.checkpoint.parameters import read_parameters
 from wmtp_jax.cli import Stopped
 from wmtp_jax.errors import UserError
@@ -27,10 +27,6 @@ def critic(tiny):
         return tiny(weighting__algorithm="critic-wmtp", critic__allow_unexplained=True, **changes)
 
     return make
-
-
-def train(config, workdir, **options) -> None:
-    trainer.train(config, workdir=workdir, run_name="test", tags={}, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")

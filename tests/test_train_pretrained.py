@@ -14,10 +14,9 @@ import pytest
 import torch
 import transformers
 
-import wmtp_jax.run.train as in_jax
-import wmtp_torch.train as in_torch
 from tests.test_pretrained_meta import meta_checkpoint, meta_logits
 from tests.training import comparable, stop_after
+from tests.training import run as train
 from wmtp_jax.checkpoint.orbax import load_model
 from wmtp_jax.checkpoint.parameters import FILE, read_arrays, read_parameters
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
@@ -28,14 +27,16 @@ from wmtp_jax.model import abstract_parameters, flatten, merge
 from wmtp_jax.optimizer import make_optimizer
 from wmtp_jax.pretrained import open_pretrained
 from wmtp_jax.run.inputs import load_data
+from wmtp_jax.run.train import JaxBackend
 from wmtp_jax.settings import ModelSettings, Optimizer, Weighting
 from wmtp_jax.tokenizer.tokenizer import train_bpe
 from wmtp_jax.tracking.tracker import read_metrics
 from wmtp_jax.train_step import initial_state, train_step
 from wmtp_jax.trainable import Trainable
 from wmtp_jax.update import Objective
+from wmtp_torch.train import TorchBackend
 
-BACKENDS = {"jax": in_jax, "torch": in_torch}
+BACKENDS = {"jax": JaxBackend, "torch": TorchBackend}
 ROPE = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=16)  # fmt: skip
 
@@ -69,11 +70,6 @@ def from_published(tiny, published):
         return tiny(**options | changes)
 
     return make
-
-
-def train(config, workdir: Path, backend=in_jax, **options) -> Path:
-    backend.train(config, workdir=workdir, run_name="test", tags={}, device="cpu", **options)
-    return workdir
 
 
 def original(directory: Path) -> dict[str, np.ndarray]:
@@ -205,7 +201,7 @@ def test_resume_is_bit_equal_and_torch_trains_alike(from_published, tmp_path, mo
     """With adapters, and with heads of which the first is frozen."""
     config = from_published(pretrained__trainable="lora", model__heads__kind="block")
     whole = train(config, tmp_path / "whole")
-    in_other = comparable(train(config, tmp_path / "torch", in_torch))
+    in_other = comparable(train(config, tmp_path / "torch", TorchBackend))
     for one, other in zip(comparable(whole), in_other, strict=True):
         for name in one.keys() & {"train/loss", "train/grad_norm", "eval/ce_head_0", "eval/ce_head_1"}:
             assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
@@ -221,7 +217,7 @@ def test_resume_is_bit_equal_and_torch_trains_alike(from_published, tmp_path, mo
 
 def test_a_checkpoint_says_where_it_came_from(published, from_published, tmp_path):
     directory, _ = published
-    run = train(from_published(train__steps=1), tmp_path / "run", in_torch)
+    run = train(from_published(train__steps=1), tmp_path / "run", TorchBackend)
     told = read_parameters(run)[1]["pretrained"]
     config = json.loads((directory / "config.json").read_text())
     assert told["config"] == config and told["path"] == str(directory) and told["key"] == open_pretrained(directory).key
@@ -234,7 +230,7 @@ def test_a_checkpoint_says_where_it_came_from(published, from_published, tmp_pat
         make_weights.model.norm.weight.add_(0.5)
     make_weights.save_pretrained(tmp_path / "changed")
     with pytest.raises(UserError, match="pretrained.path"):
-        train(from_published(pretrained__path=str(tmp_path / "changed"), train__steps=1), run, in_torch)
+        train(from_published(pretrained__path=str(tmp_path / "changed"), train__steps=1), run, TorchBackend)
 
 
 @pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
@@ -281,7 +277,7 @@ def test_stage_0_starts_from_published_weights(published, from_published, tmp_pa
     config = from_published(
         weighting__algorithm="critic-wmtp", reference__path=str(published[0]), critic__stop_after="trunk", critic__trunk_steps=1
     )
-    run = train(config, tmp_path / "run", in_torch)
+    run = train(config, tmp_path / "run", TorchBackend)
     assert read_parameters(run / "trunk")[1]["pretrained"]["path"] == str(published[0])
 
 
@@ -294,7 +290,7 @@ def test_metas_release_brings_its_own_heads(published, from_published, tmp_path)
     config = from_published(
         pretrained__path=str(tmp_path / "meta"), model__heads__kind="block", model__heads__count=3, train__steps=1
     )
-    run = train(config, tmp_path / "run", in_torch)
+    run = train(config, tmp_path / "run", TorchBackend)
     assert read_parameters(run)[1]["pretrained"]["format"] == "meta"
     entries = np.load(run / "tokens" / "0.npz")
     rows = [r for r in range(2) if (entries["segment_ids"][r] == 1).all()]

@@ -12,11 +12,11 @@ import optax
 import pytest
 from flax import nnx
 
-import wmtp_jax.run.train as in_jax
 from wmtp_jax.data.targets import positions, shift_targets
 from wmtp_jax.model import Model, ModelSettings, merge, split
 from wmtp_jax.parallel.placement import Placement
-from wmtp_jax.settings import AlignedWeighting as Weighting
+from wmtp_jax.run.train import jit_update
+from wmtp_jax.settings import Weighting
 from wmtp_jax.train_step import (
     Reference,
     head_statistics,
@@ -285,6 +285,6 @@ def test_an_update_takes_over_the_memory_of_the_state():
     optimizer = optax.adamw(1e-3)
     state = initial_state(parameters, optimizer)
     step = functools.partial(train_step, definition=definition, optimizer=optimizer, objective=Objective(Weighting()))
-    update = in_jax._jit_update(Placement(jax.devices()[0]), step, state)
+    update = jit_update(Placement(jax.devices()[0]), step, state)
     memory = update.lower(state, make_batch(), None).compile().memory_analysis()
     assert memory.alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))

@@ -8,8 +8,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from wmtp_jax.cli import RunOptions
 from wmtp_jax.config import defaults, freeze
 from wmtp_jax.run import loop
+from wmtp_jax.run.experiment import run_experiment
+from wmtp_jax.run.train import JaxBackend
 from wmtp_jax.settings import Configuration
 from wmtp_jax.tracking.tracker import read_metrics
 
@@ -39,6 +42,12 @@ def tiny_config(python_corpus: Path, cache: Path, **changes) -> Configuration:
     c.tracking.enabled = False
     c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return freeze(c)
+
+
+def run(config: Configuration, workdir: Path, make_backend=JaxBackend, *, device: str = "cpu", **options) -> Path:
+    """An experiment as the command makes it, in this process."""
+    run_experiment(config, RunOptions(workdir, run_name="test", device=device, **options), make_backend)
+    return workdir
 
 
 def changed(config: Configuration, changes: dict[str, Any]) -> Configuration:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -160,8 +159,21 @@ def _first_line(error: BaseException) -> str:
     return lines[0].strip("\"'") if lines[0][0] in "\"'" else lines[0]
 
 
-def train_options() -> dict[str, Any]:
-    """What `train` of either backend takes, from the flags of `define_run_flags`."""
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says of a run besides its configuration; see `define_run_flags`."""
+
+    workdir: Path
+    run_name: str
+    tags: dict[str, str] = field(default_factory=dict)
+    resume: str = "auto"
+    dry_run: bool = False
+    verbose: bool = False
+    device: str | None = None
+
+
+def run_options() -> tuple[Configuration, RunOptions]:
+    """Configuration and options from the flags of `define_run_flags`."""
     values, config = flags.FLAGS, config_from_flags()
     workdir = values.workdir
     if workdir and is_remote(workdir):
@@ -170,16 +182,16 @@ def train_options() -> dict[str, Any]:
         config = replace(config, checkpoint=replace(config.checkpoint, remote=join(workdir)))
         workdir = "runs/" + join(workdir).rpartition("/")[2]
     run_name = values.run_name or f"{recipe_name(values['config'].config_filename)}-{config.weighting.algorithm}"  # pyrefly: ignore[missing-attribute]  # of its flag
-    return {
-        "config": config,
-        "workdir": Path(workdir or f"runs/{run_name}"),
-        "run_name": run_name,
-        "tags": parse_tags(values.tags),
-        "resume": values.resume,
-        "dry_run": values.dry_run,
-        "verbose": values.verbose,
-        "device": values.device,
-    }
+    options = RunOptions(
+        workdir=Path(workdir or f"runs/{run_name}"),
+        run_name=run_name,
+        tags=parse_tags(values.tags),
+        resume=values.resume,
+        dry_run=values.dry_run,
+        verbose=values.verbose,
+        device=values.device,
+    )
+    return config, options
 
 
 def _flags_help() -> str:

@@ -36,12 +36,10 @@ def score(config: Configuration, *, workdir: Path, self_reference: bool = False,
       UserError: something that the user can put right.
     """
     # Imported after the flags have been read, so that --help and a wrong flag answer at once.
-    from wmtp_jax.parallel.devices import keep_compiled_programs
-    from wmtp_jax.run import train
     from wmtp_jax.run.scoring import score_data
+    from wmtp_jax.run.train import JaxBackend
 
-    keep_compiled_programs()
-    score_data(config, train, workdir=workdir, self_reference=self_reference, device=device)
+    score_data(config, JaxBackend, workdir=workdir, self_reference=self_reference, device=device)
 
 
 def main() -> None:

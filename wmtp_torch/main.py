@@ -4,11 +4,13 @@ from wmtp_jax import cli
 
 
 def main() -> None:
-    """Flags -> configuration -> `train`."""
+    """Flags -> configuration -> one experiment."""
     # Imported after the flags have been read, so that --help and a wrong flag answer at once.
-    from wmtp_torch.train import train
+    from wmtp_jax.run.experiment import run_experiment
+    from wmtp_torch.train import TorchBackend
 
-    train(**cli.train_options())
+    config, options = cli.run_options()
+    run_experiment(config, options, TorchBackend)
 
 
 if __name__ == "__main__":

@@ -185,11 +185,6 @@ class Processes:
 ALONE = Processes()
 
 
-def one_process(device: Any) -> Processes:
-    """`stage.Backend.processes` of a backend that trains in one."""
-    return ALONE
-
-
 class Joined(Processes):
     """This process among others; see `join`."""
 

@@ -24,10 +24,10 @@ from wmtp_jax.checkpoint.mirror import claim, mirrored, reconcile
 from wmtp_jax.checkpoint.parameters import FILE as PARAMETERS
 from wmtp_jax.checkpoint.parameters import check_backend, read_metadata, read_parameters
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
-from wmtp_jax.cli import Stopped, StopSignals
+from wmtp_jax.cli import RunOptions, Stopped, StopSignals
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.errors import UserError, disk_errors
-from wmtp_jax.parallel.processes import Processes
+from wmtp_jax.parallel.processes import Processes, together
 from wmtp_jax.pretrained import open_reward_model
 from wmtp_jax.pretrained.locating import is_published
 from wmtp_jax.run import compatible, loop, summary
@@ -61,33 +61,37 @@ OWN_KEYS = ("data.cache_dir",)
 
 
 def run_experiment(
-    config: Configuration,
-    backend: Backend,
-    *,
-    workdir: Path,
-    run_name: str,
-    tags: dict[str, str],
-    resume: str = "auto",
-    dry_run: bool = False,
-    verbose: bool = False,
-    device: str | None = None,
+    config: Configuration, options: RunOptions, make_backend: Callable[[str | None, Configuration], Backend]
 ) -> None:
-    """Trains what the configuration describes and leaves everything in `workdir`.
+    """Trains what the configuration describes and leaves everything in `options.workdir`.
+
+    Args:
+      config: the whole configuration.
+      options: what the command line says besides.
+      make_backend: a device's name, configuration -> what trains on it, `JaxBackend` or `TorchBackend`.
 
     Raises:
       UserError: something that the user can put right.
       NonFiniteLoss: more non-finite updates than `train.nonfinite_limit`; `nonfinite/` of the stage explains.
       Stopped: SIGINT or SIGTERM; the state was saved.
     """
+    with together():
+        _run_experiment(config, options, make_backend)
+
+
+def _run_experiment(
+    config: Configuration, options: RunOptions, make_backend: Callable[[str | None, Configuration], Backend]
+) -> None:
+    workdir, resume = options.workdir, options.resume
     # ---- what is asked for, and where --------------------------------------------------------------------------------
     config.check_experiment()
     config = with_published_trunk(config)
-    where = backend.choose_device(device, config)
-    processes = backend.processes(where)
+    backend = make_backend(options.device, config)
+    processes = backend.processes
     processes.check_same({f"config.{key}": value for key, value in flatten(config) if key not in OWN_KEYS})
-    processes.check_same({"--resume": resume, "--dry_run": dry_run})
+    processes.check_same({"--resume": resume, "--dry_run": options.dry_run})
     config = as_placed(config, processes)
-    if verbose:
+    if options.verbose:
         logging.basicConfig(level=logging.INFO)
         print(summary.facts("configuration", redacted(list(flatten(config)))))
 
@@ -99,7 +103,7 @@ def run_experiment(
     processes.check_same({"the corpus's hash": corpus.hash})
     last = Stage("train", config, workdir, corpus, base=base, processes=processes)
     settings = last.model  # heads that the weights can't have end the run here
-    backend.check_stage(last, where)
+    backend.check_stage(last)
     print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
 
     # ---- what was trained before: checked here, so that a mistake costs neither a directory nor an earlier run ---------
@@ -108,7 +112,7 @@ def run_experiment(
     if config.uses_reference and config.reference.path:
         last = last.with_stored_losses(config.reference.path)
         if not last.has_losses:
-            reference = load_reference(config, backend, corpus, where)
+            reference = load_reference(config, backend, corpus)
     if critic and config.critic.trunk:
         trunk_key = _load_trunk(settings, corpus, config.critic.trunk)[1]
     elif base is not None:
@@ -117,8 +121,8 @@ def run_experiment(
         compatible.check_reward_model(config.reward.model, corpus)
     if critic and config.critic.head:
         _load_value_head(settings, corpus, config.critic.head, trunk_key)
-    if dry_run:
-        backend.print_plan(last, where)
+    if options.dry_run:
+        backend.print_plan(last)
         processes.barrier("plan")
         return
     origin = None if resume in ("auto", "never") else find_checkpoint(resume)
@@ -151,9 +155,9 @@ def run_experiment(
         ) as mirror:
             last = replace(last, mirror=mirror)
             tracks = config.tracking.enabled and processes.first
-            tracker = _tracker(config, workdir, run_name, tags) if tracks else None
+            tracker = _tracker(config, options) if tracks else None
             with _status(tracker):
-                experiment = Experiment(last, backend, where, tracker, signals)
+                experiment = Experiment(last, backend, tracker, signals)
                 if reference is None and not last.has_losses and config.uses_reference:
                     reference = experiment.train_reference()
                     last = last.with_stored_losses(workdir / "reference")
@@ -171,7 +175,6 @@ class Experiment:
 
     last: Stage  # what the experiment is for
     backend: Backend
-    device: Any
     tracker: Tracker | None
     signals: StopSignals
 
@@ -191,7 +194,7 @@ class Experiment:
         """Trains the reference in `workdir/reference`, or goes on with it, or finds it finished."""
         own = Stage("reference", reference_config(self.config), self.workdir / "reference", self.corpus)
         self._run_below(own, self.backend.train_model)
-        return load_reference(self.config, self.backend, self.corpus, self.device, own.directory)
+        return load_reference(self.config, self.backend, self.corpus, own.directory)
 
     def run_critic(self, reference: Any) -> None:
         """Stages 0 to 2 of critic-wmtp; those that are given or finished are taken as they are."""
@@ -236,13 +239,13 @@ class Experiment:
 
     def run_last(self, stage: Stage) -> None:
         """The stage that the experiment is for, in its own directory and MLflow run."""
-        self.backend.train_model(stage, self.device, self.signals)
+        self.backend.train_model(stage, self.signals)
         stage.processes.barrier("trained")
         _hand_over(stage, self.tracker)
         if self.tracker is not None and self.config.tracking.model:
             _register(stage, self.tracker)
 
-    def _run_below(self, stage: Stage, train: Callable[[Stage, Any, StopSignals], None]) -> None:
+    def _run_below(self, stage: Stage, train: Callable[[Stage, StopSignals], None]) -> None:
         stage.directory.mkdir(parents=True, exist_ok=True)
         child = None
         if self.tracker is not None:
@@ -250,7 +253,7 @@ class Experiment:
             child = self.tracker.child(stage.name, {"stage": stage.name}, plain)
         with _status(child):
             own = replace(stage, mirror=self.last.mirror, processes=self.last.processes)
-            train(own, self.device, self.signals)
+            train(own, self.signals)
             # What the next stage reads is there when the first process has written it.
             own.processes.barrier("trained")
             _hand_over(stage, child)
@@ -259,7 +262,7 @@ class Experiment:
         match self.config.reward.source:
             case "likelihood":
                 return rewards.likelihood(
-                    lambda tokens, ids: self.backend.next_token_statistics(reference, self.device, tokens, ids)[0],
+                    lambda tokens, ids: self.backend.next_token_statistics(reference, tokens, ids)[0],
                     key=model_key(self._reference_path()),
                     batch_rows=self.config.train.batch_size,
                 )
@@ -271,7 +274,7 @@ class Experiment:
                     return rewards.reward_model(name, self.corpus.tokenizer)
                 published = open_reward_model(name)
                 return rewards.classifier(
-                    self.backend.load_reward_model(published, self.device),
+                    self.backend.load_reward_model(published),
                     key=published.key,
                     pad_token_id=published.config.get("pad_token_id"),
                     batch_rows=self.config.train.batch_size,
@@ -351,11 +354,11 @@ def _of_head_0(metric: str) -> str:
 
 
 def load_reference(
-    config: Configuration, backend: Backend, corpus: Corpus, device: Any, path: str | Path | None = None
+    config: Configuration, backend: Backend, corpus: Corpus, path: str | Path | None = None
 ) -> Any:
     path = path or config.reference.path
     critic = config.weighting.needs_values
-    reference, metadata = backend.load_reference(path, device, in_step=not critic)
+    reference, metadata = backend.load_reference(path, in_step=not critic)
     # A reference that scores whole texts for rewards is read at its next token, whatever its alignment is for weights.
     alignment = "next_token" if critic else config.reference.alignment
     compatible.check_reference(path, metadata, corpus, alignment=alignment, num_heads=config.model.heads.count)
@@ -377,13 +380,13 @@ def _load_value_head(settings: ModelSettings, corpus: Corpus, path: str | Path, 
     return parameters, rewards.parameters_key(parameters)
 
 
-def _tracker(config: Configuration, workdir: Path, run_name: str, tags: dict[str, str]) -> Tracker:
+def _tracker(config: Configuration, options: RunOptions) -> Tracker:
     return Tracker(
         config.tracking.uri,
-        run_directory=workdir,
+        run_directory=options.workdir,
         experiment=config.tracking.experiment,
-        run_name=run_name,
-        tags={"algorithm": config.weighting.algorithm, **tags},
+        run_name=options.run_name,
+        tags={"algorithm": config.weighting.algorithm, **options.tags},
         parameters={key: str(value) for key, value in flatten(config)},
         sweep=config.tracking.sweep,
         artifacts=config.tracking.artifacts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from wmtp_jax.checkpoint import run_directory
@@ -19,13 +20,18 @@ from wmtp_jax.stored import reference_losses, rewards
 
 
 def score_data(
-    config: Configuration, backend: Backend, *, workdir: Path, self_reference: bool = False, device: str | None = None
+    config: Configuration,
+    make_backend: Callable[[str | None, Configuration], Backend],
+    *,
+    workdir: Path,
+    self_reference: bool = False,
+    device: str | None = None,
 ) -> None:
     """`python -m wmtp_jax.score`: the reference's losses and the rewards of the data, computed once and stored beside it.
 
     Args:
       config: of the runs to come.
-      backend: what computes.
+      make_backend: as `run_experiment` takes it.
       workdir: of the reference, for `self_reference`.
       self_reference: train the reference on this data first, in `workdir/reference`.
       device: its name.
@@ -47,23 +53,23 @@ def score_data(
     refuse_several("one scores, and runs of several take up what it stored")
     config.check_experiment()
     config = with_published_trunk(config)
-    where = backend.choose_device(device, config)
-    config, corpus = as_placed(config, backend.processes(where)), load_data(config)
+    backend = make_backend(device, config)
+    config, corpus = as_placed(config, backend.processes), load_data(config)
     print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
     last = Stage("train", config, workdir, corpus)
     path = config.reference.path or workdir / "reference"
     with StopSignals() as signals:
-        experiment = Experiment(last, backend, where, None, signals)
+        experiment = Experiment(last, backend, None, signals)
         reference = None
         if self_reference or (not config.reference.path and config.uses_reference):
             with run_directory.locked(workdir), disk_errors(workdir, setting="--workdir"):
                 reference = experiment.train_reference()
         elif config.reference.path:
-            reference = load_reference(config, backend, corpus, where)
+            reference = load_reference(config, backend, corpus)
     rows, stored = config.train.batch_size, []
     if reference is not None:
         facts = {"model": model_key(path), "path": str(path), "self_reference": self_reference}
-        of_rows = functools.partial(backend.next_token_statistics, reference, where)
+        of_rows = functools.partial(backend.next_token_statistics, reference)
         progress = _Rows("reference losses")
         directory = reference_losses.make_losses(corpus, of_rows, facts=facts, batch_rows=rows, progress=progress)
         stored.append(("reference losses", str(directory)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,25 +146,24 @@ class Stage:
 
     def training(
         self,
-        backend: str,
+        backend: Backend,
         *,
-        device: str,
+        state: loop.State,
         parameters: int,
         rate: Callable[[int], Any],
-        checkpoints: Callable[..., loop.SavedStates],
-        inspect: Callable[[Any], Mapping[str, Any]] | None,
-        **functions: Any,
+        update: Callable[[Any, Batch], tuple[Any, Any]],
+        evaluate: Callable[[Any], dict[str, float]],
+        inspect: Callable[[Any], Mapping[str, Any]] | None = None,
     ) -> loop.Training:
         """The stage for the loop.
 
         Args:
-          backend: `Backend.NAME`.
-          device: as a person calls it.
+          backend: what trains it.
+          state: before the first update.
           parameters: how many are trained.
           rate: updates before one -> the schedule's factor of its learning rate.
-          checkpoints: the backend's `Checkpoints`.
+          update, evaluate: as in `loop.Training`.
           inspect: a state -> the arrays of `token_batch` and what its weights are made of; None: none are kept.
-          functions: those fields of `loop.Training` that touch a backend's arrays.
         """
         c, model = self.config, self.model
         values, critic = self.name == "value", c.weighting.needs_values
@@ -177,7 +177,7 @@ class Stage:
 
         flops = trunk_flops_per_token(model, c.data.sequence_length) if values else self.flops_per_token
         self.directory.mkdir(parents=True, exist_ok=True)
-        saved = checkpoints(
+        checkpoints = backend.open_checkpoints(
             self.directory / run_directory.CHECKPOINTS,
             keep_last=c.checkpoint.keep_last,
             best_metric=c.checkpoint.best_metric,
@@ -185,17 +185,22 @@ class Stage:
         )
         return loop.Training(
             stage=self.name,
-            headline=f"{what}, on {device}",
+            headline=f"{what}, on {backend.device_name}",
             steps=self.steps,
             num_heads=model.num_heads,
+            state=state,
+            update=update,
             measure=measure,
-            checkpoints=saved,
-            description=self.describe(backend),
+            explain=backend.explain,
+            evaluate=evaluate,
+            checkpoints=checkpoints,
+            description=self.describe(backend.NAME),
             is_finite=lambda result: bool(result.finite),
             inspect=inspect and (lambda state: {**inspect(state), "kinds": self.token_kinds}),
             flops_per_token=flops,
+            peak_flops=backend.peak_flops,
             processes=self.processes,
-            **functions,
+            trace=backend.trace,
         )
 
     @functools.cached_property
@@ -262,51 +267,63 @@ class Stage:
 
 
 class Backend(Protocol):
-    """What a backend adds: everything that makes arrays of its own. `wmtp_jax.run.train` and `wmtp_torch.train` are such.
+    """What makes arrays of its own, on the device or devices of a run: `run.train.JaxBackend`, `wmtp_torch.train.TorchBackend`.
 
     Attributes:
       NAME: jax or torch.
+      device_name: as a person calls it.
+      peak_flops: operations a second of all its devices; None where unknown.
+      processes: those that train together on these devices.
+      trace: a directory -> what writes a profile of its block there; None: there is no profiler.
     """
 
     NAME: str
 
-    @staticmethod
-    def choose_device(name: str | None, config: Configuration) -> Any:
-        """The device, or the devices as `config.mesh` has them, that everything runs on; UserError where there are no such."""
+    @property
+    def device_name(self) -> str: ...
 
-    @staticmethod
-    def processes(device: Any) -> Processes:
-        """Those that train together on these devices."""
+    @property
+    def peak_flops(self) -> float | None: ...
 
-    @staticmethod
-    def check_stage(stage: Stage, device: Any) -> None:
+    @property
+    def processes(self) -> Processes: ...
+
+    @property
+    def trace(self) -> Callable[[Path], AbstractContextManager] | None: ...
+
+    def check_stage(self, stage: Stage) -> None:
         """UserError where a model of this experiment can't be split as `config.mesh` says."""
 
-    @staticmethod
-    def print_plan(stage: Stage, device: Any) -> None:
+    def print_plan(self, stage: Stage) -> None:
         """`--dry_run`, of the last stage; its reference is not opened."""
 
-    @staticmethod
-    def load_reference(path: str | Path, device: Any, *, in_step: bool) -> tuple[Any, dict[str, Any]]:
+    def load_reference(self, path: str | Path, *, in_step: bool) -> tuple[Any, dict[str, Any]]:
         """A trained or published model as a reference, and the metadata of its checkpoint (published: `model` alone).
         `in_step`: it is read in every update, by all processes at once; else by `next_token_statistics` alone, by each as it
         likes."""
+        raise NotImplementedError
 
-    @staticmethod
     def next_token_statistics(
-        reference: Any, device: Any, tokens: np.ndarray, segment_ids: np.ndarray
+        self, reference: Any, tokens: np.ndarray, segment_ids: np.ndarray
     ) -> tuple[np.ndarray, ...]:
         """tokens, segment_ids `[B, S]` -> `[B, S]` twice: entry t is -log P(x[t] | x[<t]), and the entropy of P(. | x[<t]),
         both 0 at a segment's first token."""
+        raise NotImplementedError
 
-    @staticmethod
-    def load_reward_model(published: Published, device: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    def load_reward_model(self, published: Published) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         """A sequence classifier as tokens, segment_ids `[B, S]` -> `[B, S]`, its number after every token, float32."""
+        raise NotImplementedError
 
-    @staticmethod
-    def train_model(stage: Stage, device: Any, signals: StopSignals) -> None:
-        """Trains a model and its heads; ends in `finish_model`."""
+    def train_model(self, stage: Stage, signals: StopSignals) -> None:
+        """Trains a model and its heads, with a critic its value head beside them; ends in `finish_model`."""
 
-    @staticmethod
-    def train_values(stage: Stage, device: Any, signals: StopSignals) -> None:
-        """Trains a value head on a frozen model; ends in `finish_values`."""
+    def train_values(self, stage: Stage, signals: StopSignals) -> None:
+        """Trains a value head on a frozen model, stage 1 of the critic; ends in `finish_values`."""
+
+    def open_checkpoints(self, directory: Path, **options: Any) -> loop.SavedStates:
+        """The states saved in a directory; options as `checkpoint.orbax.Checkpoints` takes them."""
+        raise NotImplementedError
+
+    def explain(self, state: Any, metrics: Any) -> Mapping[str, Any]:
+        """Arrays that tell why an update was not finite."""
+        raise NotImplementedError
