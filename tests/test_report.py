@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -412,6 +413,12 @@ def test_seeds_make_groups_and_other_settings_are_named(tokenizer, runs, tmp_pat
     other = write_run(tmp_path / "half", tokenizer)
     config = json.loads((other / "config.json").read_text())
     config["weighting"]["fraction"] = 0.5
+    # A key that was added after a run began counts as its default.
+    older = json.loads((runs[1] / "config.json").read_text())
+    del older["weighting"]["start_step"], older["reward"]
+    shutil.copytree(runs[1], tmp_path / runs[1].name)
+    (tmp_path / runs[1].name / "config.json").write_text(json.dumps(older))
+    runs = [runs[0], tmp_path / runs[1].name, *runs[2:]]
     (other / "config.json").write_text(json.dumps(config))
     read = read_runs([*runs, other])
     groups = group_runs(read)

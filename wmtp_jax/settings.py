@@ -9,8 +9,9 @@ left to derive. Only the standard library and NumPy are imported, so that the me
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
@@ -119,14 +120,14 @@ class Section:
         raise UserError(f"{self.prefix}.{name} = {getattr(self, name)!r}: must be {must}")
 
 
-def flatten(section: Section, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value) for every key, in the order of declaration."""
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if isinstance(value, Section):
-            yield from flatten(value, f"{prefix}{field.name}.")
+def flatten(section: Section | Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) for every key of a section, in the order of declaration, or of one that was read as JSON."""
+    keys = section if isinstance(section, Mapping) else vars(section)
+    for name, value in keys.items():
+        if isinstance(value, Section | Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{field.name}", value
+            yield f"{prefix}{name}", value
 
 
 # ---- the sections ----------------------------------------------------------------------------------------------------
@@ -632,6 +633,13 @@ class Configuration(Section, prefix="config"):
         """Whether a run needs a reference model: for its weights, or for its rewards."""
         by_likelihood = self.weighting.needs_values and self.reward.source == "likelihood"
         return self.weighting.needs_reference or by_likelihood
+
+
+def stored_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a run's config.json by dotted name, JSON values. One that is newer than the run counts as its default, under
+    which a run is what it was before there was the key."""
+    defaults = json.loads(json.dumps(dataclasses.asdict(Configuration())))
+    return dict(flatten(defaults)) | dict(flatten(config))
 
 
 # ---- a model with nothing left to derive -----------------------------------------------------------------------------

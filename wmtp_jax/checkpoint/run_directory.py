@@ -18,7 +18,7 @@ import numpy as np
 from wmtp_jax.checkpoint.manifest import MANIFEST
 from wmtp_jax.errors import UserError
 from wmtp_jax.parallel.processes import Processes
-from wmtp_jax.settings import Configuration
+from wmtp_jax.settings import Configuration, flatten, stored_keys
 from wmtp_jax.storage import files, s3
 from wmtp_jax.storage.redact import redacted
 
@@ -153,14 +153,13 @@ def plain(config: Configuration) -> dict[str, Any]:
 
 
 def check_continues(config: Configuration, stored: dict[str, Any], where: Path) -> None:
-    """Refuses to continue a run under a configuration that would make it another one. A key that is newer than the run counts
-    as its default, under which a run is what it was before there was the key.
+    """Refuses to continue a run under a configuration that would make it another one.
 
     Raises:
       UserError: names the first key that differs, with both values.
     """
-    before = dict(_flatten_plain(plain(Configuration()))) | dict(_flatten_plain(stored))
-    for key, now in _flatten_plain(plain(config)):
+    before = stored_keys(stored)
+    for key, now in flatten(plain(config)):
         if key.startswith(FREE_KEYS) or before[key] == now:
             continue
         raise UserError(
@@ -180,11 +179,3 @@ def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, **{name: np.asarray(value) for name, value in arrays.items()})
     files.write_whole(path, content.getvalue())
-
-
-def _flatten_plain(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten_plain(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.settings import flatten, stored_keys
 from wmtp_jax.storage import s3
 from wmtp_jax.tracking.metrics_file import METRICS_FILE, read_metrics
 
@@ -24,7 +25,7 @@ class Run:
     Attributes:
       path: its directory.
       name: what tells it from the other runs of the report.
-      config: of config.json, flat: "train.seed" -> 0.
+      config: of config.json, flat: "train.seed" -> 0; keys that are newer than the run at their defaults.
       rows: of metrics.jsonl, those that a resume overtook left out.
       token_files: step -> tokens/STEP.npz, steps increasing.
       evaluation: of its newest evaluation, by the name of the file.
@@ -42,7 +43,7 @@ class Run:
     @property
     def algorithm(self) -> str:
         name = self.config["weighting.algorithm"]
-        return f"{name} (permuted)" if self.config.get("weighting.permute") else name
+        return f"{name} (permuted)" if self.config["weighting.permute"] else name
 
     @property
     def seed(self) -> int:
@@ -122,9 +123,10 @@ def _read_run(path: Path, name: str) -> Run:
         raise UserError(f"{path}: no such directory; give the directory of a run (its --workdir)")
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: not a run directory: it has no config.json; give a run's --workdir")
-    config = dict(_flat(_read_json(path / "config.json")))
+    given = _read_json(path / "config.json")
+    config = stored_keys(given)
     for key in ("weighting.algorithm", "train.seed", "model.heads.count"):
-        if key not in config:
+        if key not in dict(flatten(given)):
             raise UserError(f"{path / 'config.json'}: no {key} in it; this is not a run of WMTP")
     missing = []
     rows = _newest(read_metrics(path / METRICS_FILE)) if (path / METRICS_FILE).is_file() else []
@@ -166,10 +168,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; restore it, or report without this run")
     return value
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    entries: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        entries += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return entries
