@@ -16,6 +16,7 @@ from wmtp_jax.model import Model, ModelSettings, layers, segment_positions, spli
 from wmtp_jax.settings import Weighting
 from wmtp_jax.softmax import tiling
 from wmtp_jax.train_step import loss_and_gradients
+from wmtp_jax.update import Objective
 
 V, S, H = 37, 12, 3
 LLAMA = ModelSettings(
@@ -294,7 +295,8 @@ def test_memory_of_the_training_loss_does_not_grow_with_the_number_of_heads(kind
         shapes = {name: ((rows, length), np.int32) for name in ("tokens", "segment_ids", "positions")}
         shapes |= {"targets": ((rows, length, heads), np.int32), "mask": ((rows, length, heads), np.bool_)}
         batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-        step = functools.partial(loss_and_gradients, definition=definition, settings=Weighting(algorithm="confidence"))
+        objective = Objective(Weighting(algorithm="confidence"))
+        step = functools.partial(loss_and_gradients, definition=definition, objective=objective)
         return jax.jit(step).lower(parameters, batch).compile().memory_analysis().temp_size_in_bytes
 
     one, eight = temporary(1), temporary(8)
