@@ -120,7 +120,8 @@ def compare_states() -> dict:
         with context:
             there = state(start)
             out = None if sizes is None else (jax.tree.map(lambda leaf: leaf.sharding, there), None)
-            options = {"definition": definition, "optimizer": optimizer, "settings": Weighting(algorithm="focal")}
+            objective = Objective(Weighting(algorithm="focal"))
+            options = {"definition": definition, "optimizer": optimizer, "objective": objective}
             function = jax.jit(functools.partial(train_step, **options), out_shardings=out)
             for _ in range(2):
                 there, metrics = function(there, batch(columns), None)
