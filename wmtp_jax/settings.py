@@ -117,6 +117,7 @@ class Section:
                 self.refuse(field.name, f"values that are each {bounds}" if is_tuple else str(bounds))
 
     def refuse(self, name: str, must: str) -> NoReturn:
+        """UserError: the key, its value and what it must be."""
         raise UserError(f"{self.prefix}.{name} = {getattr(self, name)!r}: must be {must}")
 
 
