@@ -55,9 +55,11 @@ def run_hostile(source: str, *, limit: float = 1.0, memory_bytes: int = 1 << 30,
     elapsed = time.monotonic() - started
     assert result.status != "passed", result
     assert result.seconds < limit + 1
-    assert elapsed < limit + 5, "the run's own time holds its limit, but not its launch and end"
+    assert elapsed < limit + sandbox._GRACE_SECONDS, "its launch and end take longer on a busy machine, but no longer than this"
     assert children() <= before
     assert not glob.glob(f"{sandbox.tempfile.gettempdir()}/wmtp-sandbox-*")
+    if parent := sandbox.capabilities().cgroup:
+        assert not glob.glob(f"{parent}/wmtp-sandbox-*")
     for directory in ("/tmp", "/var/tmp", "/dev/shm", os.path.expanduser("~"), os.getcwd()):
         assert not glob.glob(f"{directory}/{MARK}*")
     return result

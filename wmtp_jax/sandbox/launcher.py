@@ -21,6 +21,8 @@ import sys
 import time
 import traceback
 
+from wmtp_jax.sandbox import memory
+
 LINUX = sys.platform == "linux"
 
 # Linux constants that Python 3.11 does not name.
@@ -30,43 +32,65 @@ MNT_DETACH = 2
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x20000, 0x4000000, 0x8000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 CLONE_NAMESPACES = 0x7E020080  # Those above, and cgroup and time.
+SO_SNDBUF, F_SETOWN, F_SETSIG, F_SETOWN_EX, F_SETPIPE_SZ = 7, 8, 10, 15, 1031
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 
-# System calls of seccomp filters: the audit architecture, then numbers (asm/unistd_64.h, asm-generic/unistd.h).
+# For seccomp filters: the audit architectures, and the numbers of system calls on each (asm/unistd_64.h,
+# asm-generic/unistd.h).
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 SYSTEM_CALLS = {
-    "x86_64": (
-        0xC000003E,
-        {
-            "add_key": 248, "bpf": 321, "chroot": 161, "clone": 56, "clone3": 435, "fcntl": 72, "fsmount": 432,
-            "fsopen": 430, "io_uring_setup": 425, "kcmp": 312, "keyctl": 250, "kill": 62, "memfd_create": 319,
-            "mount": 165, "mount_setattr": 442, "move_mount": 429, "name_to_handle_at": 303, "open_by_handle_at": 304,
-            "open_tree": 428, "perf_event_open": 298, "pidfd_getfd": 438, "pidfd_send_signal": 424, "pivot_root": 155,
-            "prlimit64": 302, "process_vm_readv": 310, "process_vm_writev": 311, "ptrace": 101, "request_key": 249,
-            "rt_sigqueueinfo": 129, "rt_tgsigqueueinfo": 297, "setns": 308, "setpgid": 109, "setsid": 112,
-            "shmget": 29, "socket": 41, "tgkill": 234, "tkill": 200, "umount2": 166, "unshare": 272,
-            "userfaultfd": 323,
-        },
-    ),
-    "aarch64": (
-        0xC00000B7,
-        {
-            "add_key": 217, "bpf": 280, "chroot": 51, "clone": 220, "clone3": 435, "fcntl": 25, "fsmount": 432,
-            "fsopen": 430, "io_uring_setup": 425, "kcmp": 272, "keyctl": 219, "kill": 129, "memfd_create": 279,
-            "mount": 40, "mount_setattr": 442, "move_mount": 429, "name_to_handle_at": 264, "open_by_handle_at": 265,
-            "open_tree": 428, "perf_event_open": 241, "pidfd_getfd": 438, "pidfd_send_signal": 424, "pivot_root": 41,
-            "prlimit64": 261, "process_vm_readv": 270, "process_vm_writev": 271, "ptrace": 117, "request_key": 218,
-            "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240, "setns": 268, "setpgid": 154, "setsid": 157,
-            "shmget": 194, "socket": 198, "tgkill": 131, "tkill": 130, "umount2": 39, "unshare": 97,
-            "userfaultfd": 282,
-        },
-    ),
-}  # fmt: skip
+    "add_key": (248, 217),
+    "bpf": (321, 280),
+    "chroot": (161, 51),
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "fcntl": (72, 25),
+    "fsmount": (432, 432),
+    "fsopen": (430, 430),
+    "io_uring_setup": (425, 425),
+    "kcmp": (312, 272),
+    "keyctl": (250, 219),
+    "kill": (62, 129),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
+    "mq_open": (240, 180),
+    "msgget": (68, 186),
+    "name_to_handle_at": (303, 264),
+    "open_by_handle_at": (304, 265),
+    "open_tree": (428, 428),
+    "perf_event_open": (298, 241),
+    "pidfd_getfd": (438, 438),
+    "pidfd_send_signal": (424, 424),
+    "pivot_root": (155, 41),
+    "prlimit64": (302, 261),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "request_key": (249, 218),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "semget": (64, 190),
+    "setns": (308, 268),
+    "setpgid": (109, 154),
+    "setsid": (112, 157),
+    "setsockopt": (54, 208),
+    "shmget": (29, 194),
+    "socket": (41, 198),
+    "tgkill": (234, 131),
+    "tkill": (200, 130),
+    "umount2": (166, 39),
+    "unshare": (272, 97),
+    "userfaultfd": (323, 282),
+}
 # Reaching another process's memory or descriptors, the network, mounts, keys, memory that no limit counts, and more of
 # the kernel than Python needs.
 DENIED = (
-    "add_key bpf chroot fsmount fsopen io_uring_setup kcmp keyctl memfd_create mount mount_setattr move_mount "
-    "name_to_handle_at open_by_handle_at open_tree perf_event_open pidfd_getfd pivot_root process_vm_readv "
-    "process_vm_writev ptrace request_key setns shmget socket umount2 unshare userfaultfd"
+    "add_key bpf chroot fsmount fsopen io_uring_setup kcmp keyctl memfd_create memfd_secret mount mount_setattr "
+    "move_mount mq_open msgget name_to_handle_at open_by_handle_at open_tree perf_event_open pidfd_getfd pivot_root "
+    "process_vm_readv process_vm_writev ptrace request_key semget setns shmget socket umount2 unshare userfaultfd"
 ).split()
 # Signals to other processes, and leaving the process group: what a PID namespace makes harmless.
 DENIED_WITHOUT_NAMESPACES = "kill pidfd_send_signal rt_sigqueueinfo rt_tgsigqueueinfo setpgid setsid tkill".split()
@@ -96,7 +120,8 @@ def seccomp_filter(machine, pid, namespaces):
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06  # BPF_LD|W|ABS, BPF_JMP|..., BPF_RET
     allow, refuse, absent, kill = 0x7FFF0000, 0x00050000 | 1, 0x00050000 | 38, 0x80000000  # EPERM, ENOSYS
     number, architecture, arguments = 0, 4, 16  # Offsets in struct seccomp_data; arguments are 8 bytes each.
-    audit, calls = SYSTEM_CALLS[machine]
+    audit, column = ARCHITECTURES[machine], list(ARCHITECTURES).index(machine)
+    calls = {name: numbers[column] for name, numbers in SYSTEM_CALLS.items()}
     program = []
 
     def add(code, k, if_true=0, if_false=0):
@@ -129,18 +154,20 @@ def seccomp_filter(machine, pid, namespaces):
     when("clone3", returns(absent))  # Its flags lie in memory, out of a filter's sight; the C library then uses clone.
     when("clone", *if_argument(0, any_bit, CLONE_NAMESPACES, refuse, allow))
     when("prlimit64", *if_argument(0, equal, 0, allow, refuse))
+    when("setsockopt", *if_argument(2, equal, SO_SNDBUF, refuse, allow))
+    commands = [F_SETPIPE_SZ]
     if not namespaces:
         for call in DENIED_WITHOUT_NAMESPACES:
             when(call, returns(refuse))
         when("tgkill", *if_argument(0, equal, pid, allow, refuse))
-        # F_SETOWN, F_SETSIG and F_SETOWN_EX make the kernel send signals.
-        add(equal, calls["fcntl"], 0, 6)
-        add(load, arguments + 8)
-        add(equal, 8, 2, 0)
-        add(equal, 10, 1, 0)
-        add(equal, 15, 0, 1)
-        add(give, refuse)
-        add(give, allow)
+        # These make the kernel send signals.
+        commands += [F_SETOWN, F_SETSIG, F_SETOWN_EX]
+    add(equal, calls["fcntl"], 0, len(commands) + 3)
+    add(load, arguments + 8)
+    for left, command in zip(range(len(commands), 0, -1), commands, strict=True):
+        add(equal, command, left, 0)
+    add(give, allow)
+    add(give, refuse)
     add(give, allow)
     return b"".join(program)
 
@@ -247,27 +274,13 @@ def tasks_of_user(proc, uid):
     return total
 
 
-def read_process_file(proc, path):
-    """Returns a file of /proc, of which `proc` is a descriptor; empty if its process has ended."""
-    try:
-        file = os.open(path, os.O_RDONLY, dir_fd=proc)
-    except OSError:
-        return b""
-    try:
-        return os.read(file, 4096)
-    except OSError:
-        return b""
-    finally:
-        os.close(file)
-
-
 def descendants(proc):
     """Returns the processes below this one, zombies apart, with the pids of the namespace that `proc` belongs to."""
     parents = {}
     for name in os.listdir(proc):
         if name.isdigit():
             # "pid (name) state ppid ...": the name may hold anything.
-            fields = read_process_file(proc, f"{name}/stat").rpartition(b")")[2].split()
+            fields = memory.read_file(proc, f"{name}/stat").rpartition(b")")[2].split()
             if fields and fields[0] not in (b"Z", b"X"):
                 parents[int(name)] = int(fields[1])
     below, found = set(), {int(os.readlink("self", dir_fd=proc))}
@@ -277,22 +290,13 @@ def descendants(proc):
     return below
 
 
-def private_memory(proc, pids):
-    """Returns the bytes of memory in use by `pids` that no file backs."""
-    pages = 0
-    for pid in pids:
-        fields = read_process_file(proc, f"{pid}/statm").split()
-        pages += int(fields[1]) - int(fields[2]) if fields else 0
-    return pages * resource.getpagesize()
-
-
-def start_program(request, user, proc, descriptors):
+def start_program(request, user, proc, limiter, descriptors):
     """Forks the program and returns its pid once it has become another Python; raises OSError where it could not."""
     said, says = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            become_program(request, user, proc, descriptors)
+            become_program(request, user, proc, limiter, descriptors)
         except BaseException:
             os.write(says, traceback.format_exc().encode())
         finally:
@@ -306,9 +310,11 @@ def start_program(request, user, proc, descriptors):
     return pid
 
 
-def become_program(request, user, proc, descriptors):
+def become_program(request, user, proc, limiter, descriptors):
     namespaces, timeout = request["namespaces"], request["timeout"]
     os.setsid()
+    if limiter is not None:
+        limiter.enter()
     tasks = request["processes"]
     if LINUX and not namespaces and user is None:
         tasks += tasks_of_user(proc, os.getuid())  # The limit counts all that a user runs.
@@ -376,8 +382,8 @@ def kill_tree(request, proc, pid):
             return
 
 
-def supervise(request, user, proc, link):
-    """Runs the program and returns the report."""
+def supervise(request, user, proc, limiter, link):
+    """Runs the program and returns the report; `limiter` watches its memory."""
     # Where the next two lie on a disk they are unlinked already.
     source, stdin = scratch_file("source", request["source"]), scratch_file("stdin", request["stdin"])
     if request["namespaces"]:
@@ -395,7 +401,10 @@ def supervise(request, user, proc, link):
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    pid = start_program(request, user, proc, ends if link is None else [*ends, link])
+    given = ends if link is None else [*ends, link]
+    if limiter is not None:
+        limiter.begin(given)
+    pid = start_program(request, user, proc, limiter, given)
     started = time.monotonic()
     for end in (*ends[:4], *([] if link is None else [link])):
         os.close(end)
@@ -423,10 +432,11 @@ def supervise(request, user, proc, link):
             break
         if now >= next_watch and proc is not None:
             pids = descendants(proc)
-            if private_memory(proc, pids) > request["memory_bytes"]:
-                limit = "memory"
-            elif len(pids) > request["processes"]:  # A limit that does not bind some users.
+            # The first does not bind some users otherwise, and the memory of thousands would take long to count.
+            if len(pids) > request["processes"]:
                 limit = "processes"
+            elif limiter.exceeded(pids):
+                limit = "memory"
             next_watch = time.monotonic() + WATCH_SECONDS
         for descriptor, _ in poll.poll(1000 * max(0.0, min(deadline, next_watch) - now)):
             if descriptor == request["control"]:
@@ -463,6 +473,8 @@ def supervise(request, user, proc, link):
         answer = b""
     if not limit and max(map(len, output.values())) > request["output_bytes"]:
         limit = "output"
+    if not limit and limiter is not None and limiter.exceeded(set()):
+        limit = "memory"
     return {
         "exit_code": -signal.SIGKILL if status is None else os.waitstatus_to_exitcode(status),
         "complete": answer == token,
@@ -497,11 +509,19 @@ def main():
     user = spare_user() if request["own_user"] else None
     if request["own_user"] and user is None:
         raise OSError("no other user to run the program as")
+    limiter = None
+    if request["cgroup"]:
+        limiter = memory.Cgroup(request["cgroup"], request["memory_bytes"])
+    elif LINUX:
+        limiter = memory.Counter(proc, request["memory_bytes"], namespaces, user)
     if namespaces:
         enter_namespaces(request["user_namespace"])
         child = os.fork()
         if child:
-            os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if limiter is not None:
+                limiter.remove()
+            os._exit(code != 0)
         libc_call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
         build_root(request)
         directory = "/tmp"
@@ -515,12 +535,14 @@ def main():
     if LINUX:
         libc_call("prctl", PR_SET_DUMPABLE, 0)  # Nobody of the same user may look into this process.
     try:
-        report = supervise(request | {"directory": directory}, user, proc, link)
+        report = supervise(request | {"directory": directory}, user, proc, limiter, link)
     finally:
         if not namespaces:
             # Both cope with trees of any depth, and the first with modes that the program has set.
             os.spawnlp(os.P_WAIT, "chmod", "chmod", "-R", "u+rwX", directory)
             os.spawnlp(os.P_WAIT, "rm", "rm", "-rf", directory)
+            if limiter is not None:
+                limiter.remove()
     sys.stdout.buffer.write(marshal.dumps(report))
     sys.stdout.buffer.flush()
     os._exit(0)  # Without the time to tidy up an interpreter.

@@ -11,15 +11,17 @@ What every run gets, on Linux with namespaces (`capabilities()` says what holds 
   Python's own library and an empty /tmp in memory, without site-packages, /proc, home directories or the project. All
   of it ceases to exist with the run;
 - limits: wall time, CPU time, address space of a process, memory of all in use, processes and threads, open files, file
-  size, disk, output;
+  size, disk, output. Memory is of every kind: private and shared, files in memory, sockets, pipes. Where a cgroup can be
+  made the kernel keeps that limit; elsewhere what /proc shows is counted ten times a second (`memory.Counter` says how);
 - a seccomp filter (x86-64 and aarch64): no sockets, no other process's memory, no mounts, keys, io_uring and the like;
 - where the end of the program has to be proved: no tracing, no `ctypes`, no references by way of `gc`, no `fcntl` and
   `ioctl`. A program that is judged by its output (`prove_end=False`) has them.
 
 Without namespaces a run keeps its process, session, limits, filter and, as root, its user. It then sees the files that
 its user may read, leaves files that it writes outside its own temporary directory, and may fill a disk with many of
-them. Without a filter too (macOS), it has the network, may signal what its user may, and escapes the end of its process
-group by `setsid`; macOS limits neither memory nor processes.
+them, or memory where they lie on a file system in memory (`/dev/shm`) and it closes them. Without a filter too (macOS),
+it has the network, may signal what its user may, and escapes the end of its process group by `setsid`; macOS limits
+neither memory nor processes.
 
 What it does not protect from, anywhere:
 
@@ -57,6 +59,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from wmtp_jax.errors import UserError
+from wmtp_jax.sandbox.memory import cgroup_parent
 
 OUTPUT_BYTES = 1 << 24  # Of stdout and stderr each.
 DISK_BYTES = 1 << 26
@@ -65,7 +68,8 @@ OPEN_FILES = 256
 _LEAST_MEMORY = 1 << 26  # Python itself takes about 20 MiB of address space.
 _GRACE_SECONDS = 20.0  # For the launcher beyond the program's own limit, on a machine that is very busy.
 _CANCELLED = "ended by the caller"
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).absolute().parent
+_ROOT = _HERE.parents[1]  # Where the package lies.
 
 
 class ProgramResult(NamedTuple):
@@ -86,6 +90,7 @@ class Capabilities(NamedTuple):
     user_namespace: bool  # Whether these are entered without root's privileges.
     own_user: bool  # A uid that no other process has.
     seccomp: bool  # A filter on system calls.
+    cgroup: str = ""  # Where each run gets a cgroup that limits its memory; empty where it is counted from outside.
 
 
 def run_program(
@@ -110,7 +115,7 @@ def run_program(
 
     The source runs as `__main__`, with hash seed 0 and UTF-8 streams, in an empty directory. Bytes of its output that
     are no UTF-8 become U+FFFD. More than 16 MiB on stdout or stderr end it. `memory_bytes` limits the address space of
-    each of its processes, and the sum of the private memory that all have in use, looked at every 0.1 s.
+    each of its processes, and the memory that all of them use together, files in memory among it.
 
     Raises:
       ValueError: a limit makes no sense.
@@ -201,6 +206,9 @@ def _probe() -> Capabilities:
             candidates += [Capabilities(True, False, True, seccomp)] if root else []
             candidates += [Capabilities(True, True, False, seccomp)]
         candidates += [Capabilities(False, False, root, seccomp)]
+    parent = cgroup_parent()
+    if parent:
+        candidates = [chosen for c in candidates for chosen in (c._replace(cgroup=parent), c)]
     candidates.sort(key=lambda c: (not c.namespaces, not c.seccomp))
     failures = []
     for found in candidates:
@@ -228,7 +236,7 @@ def _probe() -> Capabilities:
 # Checks from inside what `Capabilities` (on stdin) claims.
 _PROBE = """
 import os, socket
-namespaces, user_namespace, own_user, seccomp = eval(input())
+namespaces, user_namespace, own_user, seccomp, cgroup = eval(input())
 if namespaces:
     assert os.getppid() == 1, "no PID namespace"
     assert not os.path.exists("/proc/self") and not os.path.exists("/sys/kernel"), "no mount namespace"
@@ -253,8 +261,8 @@ class _Launch:
         told, control = os.pipe()
         self._control: int | None = control
         request |= {"control": told, "link": None if link is None else link.fileno()}
-        # Appended, so that no module beside the launcher is taken for one of the standard library.
-        start = f"import sys; sys.path.append({str(_HERE)!r}); import launcher; launcher.main()"
+        # Appended, so that no module beside the package is taken for one of the standard library.
+        start = f"import sys; sys.path.append({str(_ROOT)!r}); from wmtp_jax.sandbox import launcher; launcher.main()"
         try:
             self._process = subprocess.Popen(
                 [_python(), "-I", "-S", "-X", "utf8", "-c", start],
