@@ -144,6 +144,20 @@ def test_a_vocabulary_that_loses_text_is_refused(tmp_path, bpe):
             load_tokenizer(directory)
 
 
+def test_a_rare_character_that_a_vocabulary_can_not_spell_is_refused_where_a_text_has_it(tmp_path, bpe):
+    """As the published vocabulary of SmolLM2, which has no token for the bytes 0x04 and 0xF3, among others."""
+    bpe.save(tmp_path / "ours")
+    spec = json.loads((tmp_path / "ours" / "tokenizer.json").read_text())
+    spec["model"]["vocab"] = {token: index for token, index in spec["model"]["vocab"].items() if token not in (chr(256 + 4), "ó")}
+    eos = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    tokenizer = load_tokenizer(published(tmp_path / "published", spec, tokenizer_config=eos))
+    assert tokenizer.decode(tokenizer.encode("def f():\n\treturn 1")) == "def f():\n\treturn 1"
+    with pytest.raises(UserError, match=r"no token for the character U\+0004"):
+        tokenizer.encode("a\x04b")
+    with pytest.raises(UserError, match=r"no token for the character U\+E0041"):
+        tokenizer.encode_batch(["fine", "\U000e0041"])
+
+
 def test_a_stored_length_limit_does_not_cut_documents(bpe, tmp_path):
     bpe.save(tmp_path / "ours")
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "ours" / "tokenizer.json"))

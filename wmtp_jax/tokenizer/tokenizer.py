@@ -81,7 +81,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._spec = json.loads(files["tokenizer.json"])
         self._spelling = _spelling(self._spec, where)
-        _check_bytes(self._spec, self._spelling, self._backend, where)
+        self._unspelled = _unspelled_bytes(self._spec, self._spelling, self._backend, where)
         self.vocabulary_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text_id = _end_of_text_id(files, self._backend, where)
         self._files = _without_model_files(files, self._backend.id_to_token(self.end_of_text_id), where)
@@ -96,11 +96,15 @@ class Tokenizer:
           continued: the texts go on where another one ended: no space goes before them where the tokenizer puts one
             before each text (SentencePiece).
           special_tokens: special tokens that a text spells become their ids, as a chat template means them.
+
+        Raises:
+          UserError: a text holds a control character that the vocabulary can't spell.
         """
         backend = self._continuing_backend if continued else self._backend
         backend.encode_special_tokens = not special_tokens
         owners, parts = [], []
         for owner, text in enumerate(texts):
+            self._check_spelled(text)
             split = _split(text, _PART_CHARACTERS)
             owners += [owner] * len(split)
             parts += split
@@ -110,6 +114,17 @@ class Tokenizer:
             for owner, encoding in zip(owners[group], encodings, strict=True):
                 arrays[owner].append(np.array(encoding.ids, np.int32))
         return [np.concatenate(pieces) if len(pieces) > 1 else pieces[0] for pieces in arrays]
+
+    def _check_spelled(self, text: str) -> None:
+        if not self._unspelled:
+            return
+        spelled = text.encode("utf-8", "surrogatepass")
+        if len(spelled.translate(None, self._unspelled)) < len(spelled):
+            lost = next(c for c in text if set(c.encode("utf-8", "surrogatepass")) & set(self._unspelled))
+            raise UserError(
+                f"the tokenizer has no token for the character U+{ord(lost):04X}, which a text holds: it would be lost; take it "
+                "out of the text, or name another tokenizer"
+            )
 
     def encode_parts(self, documents: Sequence[Sequence[Part]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Token ids int32 `[n]` and whether each may be a target, bool `[n]`, of documents in parts.
@@ -321,18 +336,30 @@ def _spelling(spec: dict, where: str) -> str:
     )
 
 
-def _check_bytes(spec: dict, style: str, backend: tokenizers.Tokenizer, where: str) -> None:
-    """Refuses a vocabulary that lacks a byte of UTF-8: a text would lose what is spelled with it, or have it as unknown."""
+def _unspelled_bytes(spec: dict, style: str, backend: tokenizers.Tokenizer, where: str) -> bytes:
+    """The bytes of UTF-8 that a vocabulary can't spell: those of control characters and of the planes above the third, which a
+    published byte-level vocabulary may lack since texts seldom have them.
+
+    Raises:
+      UserError: it lacks another byte of UTF-8; a text would lose what is spelled with it, or have it as unknown.
+    """
     characters = {byte: character for character, byte in _byte_of_character().items()}
     falls_back = style == "bytes" or spec["model"].get("byte_fallback")
+    unspelled = bytearray()
     for byte in (*range(0xC0), *range(0xC2, 0xF5)):
         token = characters[byte] if style == "bytes" else f"<0x{byte:02X}>"
-        if not falls_back or backend.token_to_id(token) is None:
-            reason = f"it has no token for the byte 0x{byte:02X}" if falls_back else "it has no byte fallback"
-            raise UserError(
-                f"{where}: the tokenizer loses text that its vocabulary does not spell ({reason}), so that neither a text nor "
-                "its bits per byte would be right; name another tokenizer"
-            )
+        if falls_back and backend.token_to_id(token) is not None:
+            continue
+        control = byte < 0x80 and not chr(byte).isprintable() and chr(byte) not in "\t\n\r"
+        if falls_back and (control or byte > 0xF0):
+            unspelled.append(byte)
+            continue
+        reason = f"it has no token for the byte 0x{byte:02X}" if falls_back else "it has no byte fallback"
+        raise UserError(
+            f"{where}: the tokenizer loses text that its vocabulary does not spell ({reason}), so that neither a text nor "
+            "its bits per byte would be right; name another tokenizer"
+        )
+    return bytes(unspelled)
 
 
 @functools.cache
