@@ -258,6 +258,6 @@ def test_training_opens_no_connection(settings, undisturbed, object_store, tmp_p
     # The hook works there: before the first step it looked for a newer checkpoint.
     assert own and {entry["thread"] for entry in own if entry["time"] < first} >= {"MainThread"}
     assert [entry for entry in own if entry["time"] >= first] == []
-    for child in ("wmtp_jax.checkpoint.mirror", "wmtp_jax.tracking"):
+    for child in ("wmtp_jax.mirror", "wmtp_jax.tracking"):
         assert any(child in entry["argv"] and entry["time"] >= first for entry in seen), child
     assert_same_end(workdir, undisturbed)
