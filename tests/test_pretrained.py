@@ -756,8 +756,9 @@ def test_settings_are_hashable_and_go_through_json():
 
 @pytest.mark.slow
 def test_the_published_135m_llama_on_real_text():
-    """Every position of three files. What binds is the rounding of `transformers`: its logits are up to 0.8e-4 off its own
-    float64 here, ours, whose products are exact sums, 0.3e-4; experiments/pretrained has more texts."""
+    """Three files, held to `transformers` in float64 at every position. Its float32 is itself about 1e-4 off that, more on one kind of
+    processor than on another (0.8e-4 and 1.0e-4 were seen here), so that 1e-4 is asked of it at 99% of the positions only;
+    experiments/pretrained has more texts."""
     tokenizer = load_tokenizer(gguf_file())
     files = [Path(__file__).parent.parent / name for name in ("wmtp_jax/losses.py", "README.md", "wmtp_jax/cli.py")]
     tokens = np.stack([tokenizer.encode(path.read_text())[:192] for path in files])
@@ -766,7 +767,7 @@ def test_the_published_135m_llama_on_real_text():
     with torch.no_grad():
         theirs = model(torch.tensor(tokens).long()).logits.numpy()
         exact = model.double()(torch.tensor(tokens).long()).logits.numpy()
-    assert np.abs(ours - theirs).max() < 1e-4
     assert np.abs(ours - exact).max() < 5e-5
+    assert (np.abs(ours - theirs).max(axis=-1) < 1e-4).mean() > 0.99
     agree = ours.argmax(-1) == theirs.argmax(-1)
     assert agree.mean() > 0.999
