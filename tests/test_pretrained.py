@@ -756,9 +756,9 @@ def test_settings_are_hashable_and_go_through_json():
 
 @pytest.mark.slow
 def test_the_published_135m_llama_on_real_text():
-    """Three files, held to `transformers` in float64 at every position. Its float32 is itself about 1e-4 off that, more on one kind of
-    processor than on another (0.8e-4 and 1.0e-4 were seen here), so that 1e-4 is asked of it at 99% of the positions only;
-    experiments/pretrained has more texts."""
+    """Three files, held to `transformers` in float64 at every position. Its float32 is itself about 1e-4 off that, more on one
+    kind of processor than on another, so that 1e-4 is asked of it at 99% of the positions only; experiments/pretrained has more
+    texts."""
     tokenizer = load_tokenizer(gguf_file())
     files = [Path(__file__).parent.parent / name for name in ("wmtp_jax/losses.py", "README.md", "wmtp_jax/cli.py")]
     tokens = np.stack([tokenizer.encode(path.read_text())[:192] for path in files])
