@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import threading
@@ -16,8 +17,9 @@ from wmtp_jax.checkpoint import orbax as checkpoint_module
 from wmtp_jax.checkpoint.manifest import MANIFEST, seal
 from wmtp_jax.checkpoint.orbax import Checkpoints, load_model
 from wmtp_jax.checkpoint.parameters import FILE, read_arrays, read_metadata, read_parameters, write_arrays
-from wmtp_jax.checkpoint.run_directory import adopt, find_checkpoint
+from wmtp_jax.checkpoint.run_directory import adopt, check_continues, find_checkpoint, plain
 from wmtp_jax.errors import UserError
+from wmtp_jax.settings import Configuration
 from wmtp_jax.train_step import TrainState
 
 
@@ -222,3 +224,19 @@ def test_only_float32_is_written(tmp_path):
     with pytest.raises(ValueError, match="a: float64"):
         write_arrays(tmp_path / "x", {"a": np.zeros(1)}, {})
     assert not (tmp_path / "x").exists()
+
+
+def test_a_key_that_an_older_run_lacks_counts_as_its_default(tmp_path):
+    config = Configuration()
+    stored = plain(config)
+    del stored["data"]["bos"], stored["data"]["prefetch"], stored["train"]["seed"]
+    check_continues(config, stored, tmp_path)
+    # What it did, whatever its tokenizer says.
+    never = dataclasses.replace(config, data=dataclasses.replace(config.data, bos="never"))
+    check_continues(never, stored, tmp_path)
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=3))
+    with pytest.raises(UserError, match="was made with config.train.seed = 0, not 3"):
+        check_continues(other, stored, tmp_path)
+    stored["data"]["bos"] = "auto"
+    with pytest.raises(UserError, match="was made with config.data.bos = 'auto', not 'never'"):
+        check_continues(never, stored, tmp_path)

@@ -140,6 +140,7 @@ def changed(**changes) -> ConfigDict:
 
 
 WRONG = {
+    "data__bos": "sometimes",
     "weighting__algorithm": "rho2",
     "weighting__form": "exponential",  # baseline-mtp has no score
     "weighting__score": "loss",

@@ -72,8 +72,29 @@ def test_a_byte_level_tokenizer_in_a_gguf_file(cut, tmp_path):
         assert tokenizer.encode(text).tolist() == backend.encode(text).ids
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert (tokenizer.vocabulary_size, tokenizer.end_of_text_id) == (len(tokens), 0)
+    assert tokenizer.begin_of_text_id is None, "no bos is named"
     tokenizer.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("fields", "begin"),
+    [
+        ({"pre": "gpt-2"}, None),
+        ({"pre": "gpt-2", "add_bos_token": True}, 1),
+        ({"pre": "llama-bpe"}, 1),  # as llama.cpp does where the file says nothing
+        ({"pre": "llama-bpe", "add_bos_token": False}, None),
+    ],
+)
+def test_what_begins_a_text_in_a_gguf_file(fields, begin, tmp_path):
+    tokens = ["<|end|>", "<|begin|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    path = write_gguf_tokenizer(
+        tmp_path / "t.gguf", model="gpt2", tokens=[*tokens, "he"], token_type=[3, 3] + [1] * 257, merges=["h e"],
+        eos_token_id=0, bos_token_id=1, **fields,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.begin_of_text_id == begin
+    assert tokenizer.begin(tokenizer.encode("he")).tolist() == ([] if begin is None else [begin]) + [258]
 
 
 def write_sentencepiece(path: Path, tokens: list[str], scores: list[float], kinds: list[int], **changes) -> Path:
@@ -109,6 +130,7 @@ def test_a_sentencepiece_tokenizer(where, tmp_path):
         (path / "params.json").write_text("{}")
         write_sentencepiece((path if where == "meta" else tmp_path) / "tokenizer.model", tokens, scores, kinds)
     tokenizer = load_tokenizer(path)
+    assert tokenizer.begin_of_text_id == (None if where == "gguf" else 1), "Llama 2's begins a text with <s>"
     rank = dict(zip(tokens, scores, strict=True))
 
     def literal(text: str) -> list[int]:

@@ -148,6 +148,7 @@ def test_ids_are_those_of_transformers(files, tmp_path_factory):
         meant = theirs(text, add_special_tokens=False, split_special_tokens=False).input_ids
         for tokenizer in (ours, again):
             assert tokenizer.encode(text).tolist() == plain
+            assert tokenizer.begin(tokenizer.encode(text)).tolist() == theirs(text, split_special_tokens=True).input_ids
             assert tokenizer.encode_batch([text], special_tokens=True)[0].tolist() == meant
         assert reloaded(text, add_special_tokens=False, split_special_tokens=False).input_ids == meant
 

@@ -74,6 +74,7 @@ def main() -> None:
     whole, tokenizer = load_whole(values.checkpoint)
     if tokenizer is None:
         raise UserError(f"{whole.path}: no tokenizer comes with these weights; put tokenizer.json there")
+    tokenizer = tokenizer.with_begin(values.bos, key="--bos")
     _check_heads(whole, tasks, values.speculative)
     with locked(output, flag="--output"):
         _evaluate(whole, tokenizer, run, texts, coding, output, tasks=tasks, ks=ks, sources=sources)
@@ -327,8 +328,8 @@ def _sampler(weights: Any, tokenizer: Tokenizer, end_tokens: Sequence[int], stop
 
     def sample(prompts: Any, seed: int) -> tuple[list[str], list[str], dict[str, float]]:
         got = generate(
-            weights, tokenizer.encode_batch(prompts), max_new_tokens=values.max_new_tokens, temperature=values.temperature,
-            top_k=values.top_k, top_p=values.top_p, stop_tokens=end_tokens, stop_strings=stops,
+            weights, [tokenizer.begin(ids) for ids in tokenizer.encode_batch(prompts)], max_new_tokens=values.max_new_tokens,
+            temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, stop_tokens=end_tokens, stop_strings=stops,
             tokenizer=tokenizer, seed=seed, speculative=bool(values.speculative), batch_size=values.batch_size,
         )  # fmt: skip
         did = got.statistics
@@ -369,6 +370,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("limit", 0, "Only the first so many problems; 0 for all.")
     flags.DEFINE_integer("documents", 100, "So many texts for likelihood, heads and speed, chosen by hash; 0 for all.")
     flags.DEFINE_integer("window", 0, "Tokens that a text is read by; 0 for the run's rows (published weights: 512).")
+    flags.DEFINE_enum(
+        "bos", "auto", ("auto", "always", "never"), "What every prompt and window begins with: what the tokenizer puts before a "
+        "text, if anything (auto; for a run as it was trained), its bos_token, or nothing.",
+    )  # fmt: skip
     flags.DEFINE_integer("batch_size", 32, "Rows decoded at once.")
     flags.DEFINE_boolean(
         "speculative", None, "Decode with the heads as draft. By default solutions are decoded without, and speed measures both; "

@@ -148,6 +148,8 @@ class Data(Section, prefix="config.data"):
     # bpe (byte-level, trained on the sources; with pretrained.path, the weights' own) | a directory or hub name of
     # `transformers` | a GGUF file
     tokenizer: str = "bpe"
+    # what every segment begins with: auto (what the tokenizer puts before a text, if anything) | always (its bos_token) | never
+    bos: str = key("auto", "auto", "always", "never")
     vocabulary_size: int = 1024  # of the trained bpe; ignored where a tokenizer is named
     cache_dir: str = ""  # where tokenised corpora are kept; "": $XDG_CACHE_HOME/wmtp or ~/.cache/wmtp
     prefetch: int = key(4, at_least=0)  # batches prepared ahead of the step

@@ -155,10 +155,12 @@ def plain(config: Configuration) -> dict[str, Any]:
 def check_continues(config: Configuration, stored: dict[str, Any], where: Path) -> None:
     """Refuses to continue a run under a configuration that would make it another one.
 
+    What an older run began its texts with is no key of its own: its tokenizer decides that, and is compared itself.
+
     Raises:
       UserError: names the first key that differs, with both values.
     """
-    before = stored_keys(stored)
+    before = stored_keys(stored) | ({} if "bos" in stored["data"] else {"data.bos": config.data.bos})
     for key, now in flatten(plain(config)):
         if key.startswith(FREE_KEYS) or before[key] == now:
             continue

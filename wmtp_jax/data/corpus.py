@@ -48,7 +48,7 @@ class PackedSource:
     Attributes:
       name: as the configuration has it.
       train, validation: the rows of either side.
-      counts: `documents`, `tokens` (end-of-text tokens included), `bytes` (UTF-8) and `rows` of either side.
+      counts: `documents`, `tokens` (what begins and ends a document included), `bytes` (UTF-8) and `rows` of either side.
       dropped: documents left out, by reason.
       labels: of either side, float32 `[N, S]`: 1 for right, 0 for wrong, or any number, on every token of a document, NaN
         where it has none and in padding; None where no document has one.
@@ -139,6 +139,7 @@ def load_corpus(
     sequence_length: int,
     weights: Sequence[float] | None = None,
     tokenizer: str = "bpe",
+    bos: str = "auto",
     vocabulary_size: int = 1024,
     validation_fraction: float = 0.03,
     cache_dir: str = "",
@@ -155,6 +156,8 @@ def load_corpus(
       sequence_length: S, tokens a row.
       weights: the share of rows from each source, above 0; None or empty: in proportion to their rows.
       tokenizer: "bpe" (trained on a sample of the training side), or what `tokenizer.load_tokenizer` takes.
+      bos: what every segment begins with: auto (what the tokenizer puts before a text, if anything) | always | never, see
+        `Tokenizer.with_begin`.
       vocabulary_size: V of the trained tokenizer; has no say where a tokenizer is named.
       validation_fraction: the share of documents held out, where a source doesn't say itself which are.
       label_field: the field of `jsonl:` objects that says whether a text is right (bool) or how good (number).
@@ -164,9 +167,9 @@ def load_corpus(
     Raises:
       UserError: whatever the user can put right; nothing half-written is left behind.
     """
-    _check_arguments(sources, sequence_length, weights, tokenizer, vocabulary_size, validation_fraction, label_field)
+    _check_arguments(sources, sequence_length, weights, tokenizer, vocabulary_size, validation_fraction, label_field, bos)
     root = cache.cache_directory(cache_dir)
-    named_tokenizer = None if tokenizer == "bpe" else load_tokenizer(tokenizer)
+    named_tokenizer = None if tokenizer == "bpe" else load_tokenizer(tokenizer).with_begin(bos, key="config.data.bos")
     chat = Chat(named_tokenizer)
     opened = [open_source(name, label_field=label_field, chat=chat) for name in sources]
     request = {
@@ -208,7 +211,7 @@ def load_corpus(
 
 def _check_arguments(
     sources: Sequence[str], sequence_length: int, weights: Sequence[float] | None, tokenizer: str, vocabulary_size: int,
-    validation_fraction: float, label_field: str,
+    validation_fraction: float, label_field: str, bos: str,
 ) -> None:  # fmt: skip
     if not sources or not all(isinstance(name, str) for name in sources):
         raise UserError(f"config.data.sources = {tuple(sources)}: must be names of sources, at least one")
@@ -222,6 +225,8 @@ def _check_arguments(
         raise UserError(f"config.data.validation_fraction = {validation_fraction}: must be between 0 and 1")
     if tokenizer == "bpe" and vocabulary_size < MIN_BPE_VOCABULARY:
         raise UserError(f"config.data.vocabulary_size = {vocabulary_size}: must be at least {MIN_BPE_VOCABULARY}")
+    if tokenizer == "bpe" and bos == "always":
+        raise UserError("config.data.bos = 'always': the trained bpe has no such token; set it to 'auto', or name a tokenizer")
     if label_field in FIELDS:
         raise UserError(f"config.data.label_field = {label_field!r}: that field of an object has another meaning")
 

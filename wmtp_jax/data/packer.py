@@ -59,7 +59,9 @@ class SourcePacker:
         for side, store in self._stores.items():
             rows = packing.write_columns(
                 paths_of(side),
-                packing.pack(store.shuffled(), sequence_length=self._sequence_length),
+                packing.pack(
+                    store.shuffled(), sequence_length=self._sequence_length, begin=self._tokenizer.begin_of_text_id
+                ),
                 dtypes={name: self._dtypes[name] for name in columns}, sequence_length=self._sequence_length,
             )  # fmt: skip
             size = self._sizes[side]
@@ -69,15 +71,17 @@ class SourcePacker:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids int32 `[n]` of documents, each with its end-of-text token, and whether each may be a target, bool `[n]`."""
+    """Token ids int32 `[n]` of documents, with the tokens that begin and end a text, and whether each may be a target, bool
+    `[n]`."""
     encoded = tokenizer.encode_parts([document.parts or (Part(document.text, True),) for document in documents])
-    ended = []
+    complete = []
     for document, (ids, allowed) in zip(documents, encoded, strict=True):
         if not document.parts or not _ends_itself(ids, tokenizer):
             ids = np.append(ids, tokenizer.end_of_text_id)
             allowed = np.append(allowed, document.parts[-1].target if document.parts else True)
-        ended.append((ids, allowed))
-    return ended
+        begun = tokenizer.begin(ids)
+        complete.append((begun, np.pad(allowed, (len(begun) - len(ids), 0))))
+    return complete
 
 
 def _ends_itself(ids: np.ndarray, tokenizer: Tokenizer) -> bool:

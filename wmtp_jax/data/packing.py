@@ -107,7 +107,26 @@ class TokenStore:
 _PADDING = {"tokens": 0, "segment_ids": 0, "loss_mask": False, "labels": np.nan}
 
 
-def pack(documents: Iterable[Packable], *, sequence_length: int) -> Iterator[dict[str, np.ndarray]]:
+def cut(tokens: np.ndarray, *, room: int, length: int, begin: int | None) -> Iterator[tuple[slice, bool]]:
+    """Where rows cut a document, and whether a piece lacks the token that begins a text and is to get it.
+
+    Args:
+      tokens: of the document, `[n]`.
+      room: of the first piece.
+      length: of the others, at least 2.
+      begin: the token that begins a text; None: there is none.
+    """
+    start = 0
+    while start < len(tokens):
+        lacks = begin is not None and bool(tokens[start] != begin)
+        stop = min(start + room - lacks, len(tokens))
+        yield slice(start, stop), lacks
+        start, room = stop, length
+
+
+def pack(
+    documents: Iterable[Packable], *, sequence_length: int, begin: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """Documents one after the other, in rows; each piece of a document in a row is a segment of its own.
 
     Documents are cut wherever a row ends. One that stays whole and doesn't fit into what is left of a row begins the next
@@ -116,6 +135,7 @@ def pack(documents: Iterable[Packable], *, sequence_length: int) -> Iterator[dic
     Args:
       documents: in their order; those that stay whole are no longer than a row.
       sequence_length: S.
+      begin: the token that every segment begins with; None: there is none.
 
     Yields:
       `tokens`, `segment_ids`, `loss_mask` and `labels` `[rows, S]`, about a million tokens at a time; segments of a row are
@@ -130,15 +150,11 @@ def pack(documents: Iterable[Packable], *, sequence_length: int) -> Iterator[dic
         if document.whole and size > (room or sequence_length):
             pieces.append(_filler(room))
             held += room
-        pieces.append(
-            {
-                "tokens": document.tokens,
-                "segment_ids": np.arange(size) == 0,
-                "loss_mask": document.allowed,
-                "labels": np.full(size, document.label, np.float32),
-            }
-        )
-        held += size
+        room = -held % sequence_length or sequence_length
+        for part, lacks in cut(document.tokens, room=room, length=sequence_length, begin=begin):
+            piece = _piece(document, part, begin if lacks else None)
+            pieces.append(piece)
+            held += len(piece["tokens"])
         if held >= _TOKENS_AT_ONCE + sequence_length:
             columns = _joined(pieces)
             complete = held // sequence_length * sequence_length
@@ -147,6 +163,18 @@ def pack(documents: Iterable[Packable], *, sequence_length: int) -> Iterator[dic
     if held:
         pieces.append(_filler(-held % sequence_length))
         yield _rows(_joined(pieces), sequence_length)
+
+
+def _piece(document: Packable, part: slice, begin: int | None) -> dict[str, np.ndarray]:
+    """A piece of a document, a segment of its own, after the token that begins a text where one is given."""
+    before = [] if begin is None else [begin]
+    tokens = np.concatenate([np.array(before, document.tokens.dtype), document.tokens[part]])
+    return {
+        "tokens": tokens,
+        "segment_ids": np.arange(len(tokens)) == 0,
+        "loss_mask": np.pad(document.allowed[part], (len(before), 0)),
+        "labels": np.full(len(tokens), document.label, np.float32),
+    }
 
 
 def _filler(size: int) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ def row_kinds(rows: Rows, number: int, tokenizer: Tokenizer) -> np.ndarray:
         return rows.columns["segment_ids"][row, -1] != 0 and rows.columns["tokens"][row, -1] != end
 
     def divided(row: int) -> bool:
-        return bool((rows.columns["tokens"][row] == end).any())
+        return bool(((rows.columns["tokens"][row] == end) & ~_begins(rows[row : row + 1], tokenizer)[0]).any())
 
     # As far as the documents reach that this row begins and ends in.
     first, last = number, number
@@ -37,13 +37,20 @@ def row_kinds(rows: Rows, number: int, tokenizer: Tokenizer) -> np.ndarray:
     while last < len(rows) - 1 and goes_on(last) and (last == number or not divided(last)):
         last += 1
     stretch = rows[first : last + 1]
-    real = np.flatnonzero(stretch["segment_ids"].ravel() > 0)
+    # What begins a segment is no part of its document, and may be the token that ends one.
+    real = np.flatnonzero(((stretch["segment_ids"] > 0) & ~_begins(stretch, tokenizer)).ravel())
     tokens, kinds = stretch["tokens"].ravel()[real], np.full(len(stretch["tokens"]) * length, _OTHER, np.uint8)
     start, stop = (number - first) * length, (number - first + 1) * length
     for part in _documents(tokens, end):
         if real[part.start] < stop and real[part.stop - 1] >= start:
             kinds[real[part]] = _document_kinds(tokens[part], tokenizer)
     return kinds[start:stop]
+
+
+def _begins(rows: dict[str, np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
+    """Which tokens `[N, S]` begin a segment because every text begins with them."""
+    first = np.diff(rows["segment_ids"].astype(np.int64), axis=1, prepend=0) != 0
+    return first & (rows["tokens"] == (-1 if tokenizer.begin_of_text_id is None else tokenizer.begin_of_text_id))
 
 
 def _documents(tokens: np.ndarray, end: int) -> Iterator[slice]:

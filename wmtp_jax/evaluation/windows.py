@@ -14,10 +14,11 @@ import numpy as np
 from wmtp_jax.data.chat import Chat
 from wmtp_jax.data.documents import Document, digest_of
 from wmtp_jax.data.packer import encode_documents
+from wmtp_jax.data.packing import cut
 from wmtp_jax.data.scan import DROPPED, kept_documents, read_documents, scan
 from wmtp_jax.data.sources import open_source
 from wmtp_jax.errors import UserError
-from wmtp_jax.evaluation.token_kinds import byte_kinds, token_kinds
+from wmtp_jax.evaluation.token_kinds import KINDS, byte_kinds, token_kinds
 from wmtp_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -79,7 +80,7 @@ def make_windows(
 
     Args:
       documents: each after its digest.
-      tokenizer: an end-of-text token ends each.
+      tokenizer: an end-of-text token ends each document; the token that begins a text, if there is one, begins each window.
       length: S.
       limit: so many documents, those of the smallest digests, which is a sample that no order of files decides.
       source: what the results call it.
@@ -94,7 +95,10 @@ def make_windows(
         [(tokens, targets)] = encode_documents(tokenizer, [document])
         kinds = token_kinds([tokenizer.pieces[token] for token in tokens], byte_kinds(document.text))
         columns = np.stack([tokens, np.ones_like(tokens), kinds, targets]).astype(np.int32)
-        rows += [columns[:, start : start + length] for start in range(0, columns.shape[1], length)]
+        begin = tokenizer.begin_of_text_id
+        for part, lacks in cut(tokens, room=length, length=length, begin=begin):
+            opening = np.array([[begin], [1], [KINDS.index("other")], [0]]) if lacks else columns[:, :0]
+            rows.append(np.concatenate([opening, columns[:, part]], axis=1))
     if not rows:
         raise UserError(f"{source}: no document to evaluate on; name others with --data")
     columns = np.zeros((4, len(rows), length), np.int32)

@@ -135,6 +135,8 @@ def load_whole(path: str | Path) -> tuple[Whole, Tokenizer | None]:
         if not Path(tokenizer_of(path)).is_dir():
             raise UserError(f"{tokenizer_of(path)}: no such directory; the tokenizer of the run belongs there")
         tokenizer = load_tokenizer(tokenizer_of(path))
+        if "bos" not in metadata.get("config", {"data": {"bos": ""}})["data"]:  # made before any text was begun with a token
+            tokenizer = tokenizer.with_begin("never", key=str(where))
     named = {name: array for name, array in named.items() if not name.startswith("value_head.")}
     check_shapes(named, _abstract(settings), where)
     settings = dataclasses.replace(settings, compute_dtype="float32", remat="none")

@@ -232,12 +232,12 @@ def _find(stops: Sequence[bytes], new: np.ndarray, tokenizer: Tokenizer) -> tupl
     if not found:
         return None
     end, place = min(found)
-    lengths = itertools.accumulate(len(tokenizer.pieces[token]) for token in new)
+    lengths = itertools.accumulate(len(tokenizer.piece(token)) for token in new)
     return next(count for count, length in enumerate(lengths, start=1) if length >= end), place
 
 
 def _bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> bytes:
-    return b"".join(tokenizer.pieces[token] for token in tokens)
+    return b"".join(tokenizer.piece(token) for token in tokens)
 
 
 def _chunks(count: int) -> tuple[int, int]:

@@ -129,7 +129,7 @@ def spell(documents: Documents) -> tuple[list[str], np.ndarray]:
     tokenizer = documents.tokenizer
     texts = []
     for token in distinct.tolist():
-        piece = tokenizer.pieces[token] if token < len(tokenizer.pieces) else b""
+        piece = tokenizer.piece(token)
         texts.append(piece.decode(errors="backslashreplace") if piece else tokenizer.decode([token]))
     return texts, index
 

@@ -49,6 +49,7 @@ def load_data(config: Configuration) -> Corpus:
         c.sources,
         weights=c.source_weights,
         tokenizer=tokenizer_of(config.pretrained.path) if own else c.tokenizer,
+        bos=c.bos,
         vocabulary_size=c.vocabulary_size,
         sequence_length=c.sequence_length,
         validation_fraction=c.validation_fraction,

@@ -286,8 +286,10 @@ def check_continues(
     for name in origins:
         before, now = metadata.get(name), description.get(name)
         if before != now:
+            older = name == "tokenizer" and "bos" not in metadata["config"]["data"]
+            remedy = "put it back (its version began no text with a token: config.data.bos=never)" if older else "put it back"
             raise UserError(
-                f"{where}: was trained with another {name} ({str(before)[:12]}, now {str(now)[:12]}); put it back, choose "
+                f"{where}: was trained with another {name} ({str(before)[:12]}, now {str(now)[:12]}); {remedy}, choose "
                 "another --workdir, or start anew with --resume=never"
             )
 

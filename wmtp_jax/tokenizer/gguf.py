@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from wmtp_jax.errors import UserError
 from wmtp_jax.pretrained.gguf_format import read_header
@@ -22,6 +22,8 @@ from wmtp_jax.pretrained.values import refuse
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -68,6 +70,13 @@ def files_of(metadata: dict[str, Any], path: Path) -> dict[str, bytes]:
             if type(index) is not int or not 0 <= index < len(tokens):
                 raise UserError(f"{path}: tokenizer.ggml.{key}_token_id = {index!r}: there are {len(tokens)} tokens")
             config[name] = tokens[index]
+    # llama.cpp's rule where the file says nothing.
+    usual = model == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3_NAMES
+    if metadata.get("tokenizer.ggml.add_bos_token", usual) and "bos_token" in config:
+        token = config["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[token, "$A"], pair=[token, "$A", "$B:1"], special_tokens=[(token, tokens.index(token))]
+        )
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
     return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()}
@@ -85,7 +94,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], path: Path) -> toke
             first, ignore_merges = [], False
         case "smollm" | "starcoder":
             first, ignore_merges = [pre_tokenizers.Digits(individual_digits=True)], False
-        case "llama-bpe" | "llama3" | "llama-v3":
+        case _ if known in _LLAMA3_NAMES:
             first, ignore_merges = [pre_tokenizers.Split(tokenizers.Regex(_LLAMA3), "isolated")], True
         case _:
             raise refuse(path, "tokenizer.ggml.pre", known, "supported are gpt-2, smollm, starcoder and llama-bpe")

@@ -56,6 +56,7 @@ class Tokenizer:
     Attributes:
       vocabulary_size: V, one more than the highest token id.
       end_of_text_id: the token that ends every document.
+      begin_of_text_id: the token that `transformers` puts before every text; None where there is none.
       fingerprint: a hash of what determines token ids; equal fingerprints give equal ids.
     """
 
@@ -84,6 +85,7 @@ class Tokenizer:
         self._unspelled = _unspelled_bytes(self._spec, self._spelling, self._backend, where)
         self.vocabulary_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text_id = _end_of_text_id(files, self._backend, where)
+        self.begin_of_text_id = _begin_of_text_id(self._backend, where)
         self._files = _without_model_files(files, self._backend.id_to_token(self.end_of_text_id), where)
         self.fingerprint = self._fingerprint()
 
@@ -149,6 +151,35 @@ class Tokenizer:
             result.append((np.concatenate(ids), np.concatenate(allowed)))
         return result
 
+    def begin(self, ids: np.ndarray) -> np.ndarray:
+        """The ids of a text, int32 `[n]`, after the token that begins one; unless they have it, as from a chat template."""
+        if self.begin_of_text_id is None or (len(ids) and ids[0] == self.begin_of_text_id):
+            return ids
+        return np.concatenate([np.array([self.begin_of_text_id], np.int32), ids])
+
+    def with_begin(self, rule: str, *, key: str) -> Tokenizer:
+        """The same tokenizer with another rule for what begins a text, here and in `transformers` once it is saved.
+
+        Args:
+          rule: auto (as it is) | never | always (its `bos_token`).
+          key: what a message begins with.
+
+        Raises:
+          UserError: always, and it has no such token.
+        """
+        begin = None if rule == "never" else self.begin_of_text_id
+        if rule == "always" and begin is None and (begin := self.special_token_id("bos_token")) is None:
+            raise UserError(f"{key} = {rule!r}: the tokenizer names no bos_token; set it to 'auto', or name another tokenizer")
+        if begin == self.begin_of_text_id:
+            return self
+        before = [] if begin is None else [self._backend.id_to_token(begin)]
+        template = tokenizers.processors.TemplateProcessing(
+            single=[*before, "$A"], pair=[*before, "$A", "$B:1"], special_tokens=[(token, begin) for token in before]
+        )
+        backend = tokenizers.Tokenizer.from_str(json.dumps(self._spec))
+        backend.post_processor = template
+        return Tokenizer(self._files | {"tokenizer.json": backend.to_str().encode()}, key)
+
     def encode(self, text: str) -> np.ndarray:
         """Token ids int32 `[n]` of one text."""
         return self.encode_batch([text])[0]
@@ -204,6 +235,10 @@ class Tokenizer:
             pieces[index] = b"" if token.special else token.content.encode()
         return pieces
 
+    def piece(self, token: int) -> bytes:
+        """The bytes that a token stands for: b"" also past the last id, where models pad their vocabulary and may sample."""
+        return self.pieces[token] if token < self.vocabulary_size else b""
+
     @functools.cached_property
     def token_bytes(self) -> np.ndarray:
         """int32 `[V]`: how many UTF-8 bytes every token stands for, 0 for special tokens.
@@ -224,7 +259,8 @@ class Tokenizer:
         if "merges" in model:  # written as pairs or as "a b", by version
             model["merges"] = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
         decisive = [model, *(self._spec.get(key) for key in ("normalizer", "pre_tokenizer", "added_tokens"))]
-        text = json.dumps([decisive, self.end_of_text_id], sort_keys=True)
+        begin = [] if self.begin_of_text_id is None else [self.begin_of_text_id]
+        text = json.dumps([decisive, self.end_of_text_id, *begin], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -300,6 +336,15 @@ def _end_of_text_id(files: dict[str, bytes], backend: tokenizers.Tokenizer, wher
                 raise UserError(f"{where}: {name} names eos_token_id {index!r}, which tokenizer.json does not have")
             return index
     raise UserError(f'{where}: no end-of-text token; add "eos_token" to its tokenizer_config.json')
+
+
+def _begin_of_text_id(backend: tokenizers.Tokenizer, where: str) -> int | None:
+    """What the post-processor puts before a text."""
+    plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    starts = [start for start in range(len(whole)) if whole[start : start + len(plain)] == plain]
+    if not starts or starts[0] > 1:
+        raise UserError(f"{where}: the post_processor of tokenizer.json puts {whole} for {plain}: one token may begin a text")
+    return whole[0] if starts[0] else None
 
 
 def _without_model_files(files: dict[str, bytes], end_of_text: str, where: str) -> dict[str, bytes]:
