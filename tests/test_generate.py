@@ -96,6 +96,14 @@ def test_greedy_takes_the_likeliest_token_of_the_full_prefix_with_and_without_dr
     assert [row.tolist() for row in drafted.tokens] == wanted
 
 
+@pytest.mark.parametrize("kind", ["linear", "sequential"])
+def test_prompts_of_one_token_alone(kind):
+    """Nothing of them is read in chunks, and the program that reads chunks fits their few slots all the same."""
+    model = model_of("llama", kind)
+    got = generate(model, [[5]], max_new_tokens=NEW, speculative=kind == "sequential")
+    assert got.tokens[0].tolist() == naive(model, [5], NEW)
+
+
 @pytest.mark.parametrize("base, kind", MODELS)
 def test_drafts_are_what_the_heads_say_in_full_forward_passes(base, kind):
     """Sampled, so that every number of drafts is kept now and then, and the caches of what was rejected must be renewed."""
@@ -168,6 +176,18 @@ def test_top_k_and_top_p_equal_sorting(top_k, top_p):
     wanted = np.apply_along_axis(filtered, -1, logits, 0.7, top_k, 2.0 if top_p is None else top_p)
     np.testing.assert_array_equal(ours > 0, wanted > 0)
     np.testing.assert_allclose(ours, wanted, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "setting", [(1e-30, None, None), (1e-39, None, None), (1e-45, 3, 0.9), (1.0, None, 1e-40), (1.0, 1, 1e-45)]
+)
+def test_tiny_settings_take_the_likeliest(setting):
+    """Devices take 1e-39 for 0, and what is divided by it overflows."""
+    logits = 30 * np.random.default_rng(0).standard_normal((4, 3, 50)).astype(np.float32)
+    wanted = logits == logits.max(axis=-1, keepdims=True)
+    np.testing.assert_allclose(jax.jit(probabilities)(logits, Sampling(*setting)), wanted, atol=1e-6)
+    logits[..., 7:9] = 999.0  # as likely as one another
+    np.testing.assert_allclose(jax.jit(probabilities)(logits, Sampling(*setting)), 0.5 * (logits == 999), atol=1e-6)
 
 
 def test_rejection_sampling_of_one_position():
@@ -305,6 +325,15 @@ def test_stop_strings_across_tokens(alphabet, tokenizer, speculative):
 def test_the_first_stop_string_to_be_complete_ends(tokenizer):
     assert module._find([b"cdef", b"de"], np.asarray(spelled(tokenizer, "abcdef")), tokenizer) == (5, 3)
     assert module._find([b"x"], np.asarray(spelled(tokenizer, "abcdef")), tokenizer) is None
+
+
+def test_an_id_past_the_tokenizers_last_stands_for_no_bytes(tokenizer):
+    """Of a vocabulary that is padded to a round number."""
+    padded = counting_model(vocabulary=264, cycle=[*spelled(tokenizer, "abc"), 263, *spelled(tokenizer, "def"), 0])
+    prompt = spelled(tokenizer, "a")
+    got = generate(padded, [prompt, prompt], max_new_tokens=6, stop_strings=("de",), tokenizer=tokenizer)
+    assert got.texts == ["bc", "bc"] and got.tokens[0].tolist() == [*spelled(tokenizer, "bc"), 263, *spelled(tokenizer, "de")]
+    assert generate(padded, [prompt], max_new_tokens=6, tokenizer=tokenizer).texts == ["bcdef"]
 
 
 def test_learned_positions_end_a_continuation():

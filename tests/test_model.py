@@ -167,6 +167,13 @@ def test_logits_of_packed_rows_equal_each_segment_alone(base, kind):
     assert compared == expected
 
 
+def test_rows_shorter_than_the_heads_look_ahead():
+    model = model_of(LLAMA, "sequential")
+    ours, wanted = model.logits(TOKENS[:1, :1])[0], reference_logits(model, TOKENS[0, :1])
+    assert ours.shape == (1, H, V) and np.isfinite(ours).all()
+    np.testing.assert_allclose(ours[:, 0], wanted[:, 0], atol=3e-5, rtol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_each_head_sees(kind):
     """Token t changes head k at s >= t, and for `sequential` heads at s + k >= t; nothing earlier, bit for bit."""

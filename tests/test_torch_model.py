@@ -126,3 +126,11 @@ def test_one_layer_with_block_heads_has_no_trunk():
     model = random_model(settings)
     assert not any(name.startswith("layers") for name, _ in model.named_parameters())
     assert model.logits(TOKENS, SEGMENTS).isfinite().all()
+
+
+def test_rows_shorter_than_the_heads_look_ahead():
+    model = random_model(dataclasses.replace(LLAMA, head_kind="sequential"))
+    tokens, ones = torch.tensor([[5]]), torch.ones(1, 1, dtype=torch.int32)
+    context = model.context(ones, ones - 1)
+    [(states, _)] = model.head_groups(model.trunk(tokens, ones - 1, context), tokens, context)
+    assert LLAMA.num_heads > 2 and states.shape == (1, 1, LLAMA.num_heads, LLAMA.width) and states.isfinite().all()

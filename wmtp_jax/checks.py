@@ -44,10 +44,16 @@ def check_interval(low: float, high: float, /, **hyperparameters: float) -> None
             raise ValueError(f"{name} must lie in [{low}, {high}], not {value}")
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuses a plain number that is not positive."""
-    if isinstance(temperature, Real) and not temperature > 0:
+def check_temperature(temperature: float) -> float:
+    """The temperature, or 1e-30 where it is smaller: scores over less overflow float32, and devices take 1e-39 for 0.
+
+    Refuses a plain number that is not positive.
+    """
+    if not isinstance(temperature, Real):
+        return temperature
+    if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
+    return max(temperature, 1e-30)
 
 
 def shares(coefficients: Sequence[float], weights: Any, mask: Any) -> list[float]:

@@ -214,7 +214,7 @@ def softmax_over_heads(scores: Array, mask: Array, *, temperature: float) -> Arr
       temperature: positive, in the unit of the scores; uniform weights as it grows.
     """
     scores, mask = _masked(scores, mask)
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)
     return _mean_one_exp(scores, mask, scope_axes("position", mask.ndim), temperature)
 
 
@@ -230,7 +230,7 @@ def exponential(scores: Array, mask: Array, *, temperature: float, low: float, h
     """
     scores, mask = _masked(scores, mask)
     axes = scope_axes(scope, mask.ndim)
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)
     # Clipping the exponent instead of the exponential: an outlier's score can't overflow.
     exponent = jnp.clip(_standardize(scores, mask, axes) / temperature, *checks.log_limits(low, high))
     return _mean_one_exp(exponent, mask, axes)

@@ -352,7 +352,7 @@ class Model(nn.Module):
             case _:
                 states = [shared]
                 for k, depth in enumerate(unstack(self.heads)[: count - 1], start=1):
-                    ahead = self.embed(F.pad(tokens[:, k:], (0, k)))
+                    ahead = self.embed(F.pad(tokens, (0, k))[:, k:])
                     states.append(_remat(depth, "layer")(states[-1], ahead, context))
         return [(torch.stack(states, dim=2), unembedding)]
 

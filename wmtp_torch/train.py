@@ -261,7 +261,10 @@ def _sample(
             -1, unembedding.shape[-1]
         )
         if temperature:
-            chosen = torch.multinomial(torch.softmax(logits.cpu() / temperature, -1), 1, generator=generator)
+            # The largest comes off before the division, which would make infinities of all where the temperature is tiny.
+            lower = logits.cpu() - logits.cpu().amax(-1, keepdim=True)
+            shares = torch.softmax(lower / max(temperature, torch.finfo(lower.dtype).tiny), -1)
+            chosen = torch.multinomial(shares, 1, generator=generator)
         else:
             chosen = logits.cpu().argmax(-1, keepdim=True)
         tokens = torch.cat([tokens, chosen], dim=1)

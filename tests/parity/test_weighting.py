@@ -412,6 +412,23 @@ def test_gradients_of_scores_are_finite(backend):
 
 
 @backends
+def test_a_tiny_temperature_takes_the_best(backend):
+    """Devices take 1e-39 for 0, and what is divided by it overflows."""
+    best = SCORES == np.where(MASK, SCORES, -np.inf).max(axis=-1, keepdims=True)
+    for temperature in (1e-30, 1e-39, 1e-45):
+        weights = backend.call("softmax_over_heads", SCORES, MASK, temperature=temperature)
+        np.testing.assert_array_equal(weights > 0, best & MASK)
+        equal = backend.call("softmax_over_heads", np.ones_like(SCORES), MASK, temperature=temperature)
+        np.testing.assert_array_equal(equal, MASK)
+        for high in (3.0, math.inf):
+            limits = {"low": 0.1, "high": high, "scope": "batch"}
+            weights = backend.call("exponential", SCORES, MASK, temperature=temperature, **limits)
+            assert np.isfinite(weights).all() and weights.sum() == pytest.approx(MASK.sum(), rel=1e-5)
+            constant = backend.call("exponential", np.ones_like(SCORES), MASK, temperature=temperature, **limits)
+            np.testing.assert_array_equal(constant, MASK)
+
+
+@backends
 def test_temperature_to_infinity_gives_uniform(backend):
     for function, hyperparameters in [
         ("softmax_over_heads", {}),

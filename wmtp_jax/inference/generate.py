@@ -134,7 +134,9 @@ def generate(
         raise ValueError("stop_strings need the tokenizer")
 
     weights = _weights(model, drafting=speculative)
-    sampling = Sampling(temperature, top_k or None, top_p if top_p < 1 else None) if temperature > 0 else None
+    sampling = None
+    if temperature > 0:
+        sampling = Sampling(temperature, min(top_k, settings.vocabulary_size) or None, top_p if top_p < 1 else None)
     key, stop_ids = jax.random.key(seed), jnp.asarray(np.asarray(stop_tokens, np.int32))
     stops = tuple(stop.encode() for stop in stop_strings)
     # The last token is not read, so that it may lie past the learned positions.
@@ -248,7 +250,9 @@ def _chunks(count: int) -> tuple[int, int]:
 
 def _slots(prompts: list[np.ndarray], limits: list[int], heads: int) -> int:
     """Slots that hold every prompt with its continuation, a pass at its limit and the chunks that it is read in."""
-    read = [int(np.prod(_chunks(len(prompt) - 1))) for prompt in prompts]
+    # A prompt of one token is read in no chunk, and yet the program that would read it has to fit.
+    chunks = [_chunks(len(prompt) - 1) for prompt in prompts]
+    read = [max(count, 1) * width for count, width in chunks]
     return _round_up(max([*limits, *read], default=1) + 2 * heads)
 
 

@@ -69,11 +69,13 @@ def probabilities(logits: Array, sampling: Sampling) -> Array:
 
     Tokens as likely as the last one kept are kept too.
     """
-    p = jax.nn.softmax(logits.astype(jnp.float32) / sampling.temperature, axis=-1)
+    logits = logits.astype(jnp.float32)
+    # The largest comes off before the division, which would make infinities of all where the temperature is tiny.
+    p = jax.nn.softmax((logits - logits.max(axis=-1, keepdims=True)) / _normal(sampling.temperature), axis=-1)
     if sampling.top_k is not None:
         p = _keep(p, lambda kept: jnp.sum(kept > 0, axis=-1) >= sampling.top_k)
     if sampling.top_p is not None:
-        mass = sampling.top_p * p.sum(axis=-1)
+        mass = _normal(sampling.top_p * p.sum(axis=-1))
         p = _keep(p, lambda kept: kept.sum(axis=-1) >= mass)
     return p / p.sum(axis=-1, keepdims=True)
 
@@ -118,6 +120,11 @@ def choose(
     last = randomness.draw(rest, place)
     tokens = jnp.pad(drafts, ((0, 0), (0, 1)))
     return jnp.where(jnp.arange(tokens.shape[1]) == kept[:, None], last, tokens), kept
+
+
+def _normal(x: Scalar) -> Array:
+    """At least float32's smallest normal number: devices take what is smaller for 0."""
+    return jnp.maximum(x, jnp.finfo(jnp.float32).tiny)
 
 
 def _keep(p: Array, enough: Callable[[Array], Array]) -> Array:

@@ -246,7 +246,8 @@ def segment_positions(segment_ids: Array) -> Array:
 
 
 def _ahead(tokens: Array, k: int) -> Array:
-    return jnp.pad(tokens[:, k:], ((0, 0), (0, k)))
+    """`[B, S] -> [B, S]`, the tokens k later; 0 past the end, which a short row may reach at once."""
+    return jnp.pad(tokens, ((0, 0), (0, k)))[:, k:]
 
 
 def _remat(function: Callable, kind: str) -> Callable:
