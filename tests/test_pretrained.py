@@ -252,13 +252,14 @@ def test_half_precision_widens_exactly(saved, tmp_path, dtype):
     np.testing.assert_array_equal(parameters_of(tmp_path)["layers.1.mlp.up.kernel"], wanted)
 
 
-def test_base_model_files_have_no_prefix(saved, tmp_path):
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.bool_, np.int64])
+def test_base_model_files_have_no_prefix(dtype, saved, tmp_path):
     # The hub's own gpt2 is such a file: saved from the base model, with the attention masks as buffers.
     directory, model = saved("gpt2")
     model.transformer.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     assert "wte.weight" in weights
-    save_file(weights | {"h.0.attn.bias": np.ones((1, 1, 4, 4), np.float32)}, tmp_path / "model.safetensors")
+    save_file(weights | {"h.0.attn.bias": np.ones((1, 1, 4, 4), dtype)}, tmp_path / "model.safetensors")
     assert_same_parameters(parameters_of(tmp_path), parameters_of(directory))
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,7 +20,12 @@ from wmtp_jax.errors import UserError
 from wmtp_jax.pretrained.pages import own_pages
 from wmtp_jax.storage.files import sync_descriptor
 
-_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+_READ = ("F32", "F16", "BF16")
+# Of every type that the format has, in bytes; those of less than one are not among them.
+_ITEM_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
 _PIECE = 1 << 20  # values read at a time
 _LARGE = 1 << 23  # values from which an array is worth pages of its own: glibc would map and unmap it each time anyway
 _LARGEST_HEADER = 100_000_000  # the format's own limit
@@ -36,11 +42,15 @@ class StoredTensor:
     offset: int
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path, *, unread: str | None = None) -> dict[str, StoredTensor]:
     """The tensors of a file by name, after checking that they fill it exactly.
 
+    Args:
+      path: of the file.
+      unread: a pattern of the names of tensors that nobody reads, whose type does not matter.
+
     Raises:
-      UserError: the file is missing, truncated, or its header does not describe it.
+      UserError: the file is missing, truncated, or its header does not describe it; a tensor of a type that is not read.
     """
 
     def broken(what: str) -> UserError:
@@ -66,8 +76,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     tensors, spans = {}, []
     for name, entry in header.items():
         dtype, shape, (begin, end) = _entry(entry, lambda what, name=name: broken(f"tensor {name}: {what}"))
-        if dtype not in _ITEM_SIZES:
-            raise UserError(f"{path}: tensor {name} has type {dtype}; only {', '.join(_ITEM_SIZES)} are supported")
+        known = _ITEM_SIZES if unread and re.search(unread, name) else _READ
+        if dtype not in known:
+            raise UserError(f"{path}: tensor {name} has type {dtype}; only {', '.join(known)} are supported")
         if end - begin != math.prod(shape) * _ITEM_SIZES[dtype]:
             raise broken(f"tensor {name}: {end - begin} bytes for {dtype} of shape {shape}")
         spans.append((begin, end, name))

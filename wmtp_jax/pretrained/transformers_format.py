@@ -108,7 +108,7 @@ def open_directory(directory: Path, *, classifier: bool = False) -> Published:
     where = directory / "config.json"
     name, settings = read_settings(where, classifier=classifier)
     family = FAMILIES[name]
-    stored = _stored_tensors(directory)
+    stored = _stored_tensors(directory, family.buffers)
     description, deeper = directory / DESCRIPTION_FILE, _has_deepseek_layers(read_json(where), family)
     if deeper:
         count = 1 + integer(read_json(where), "num_mtp_layers", where)
@@ -242,10 +242,10 @@ def _check_tied(head: StoredTensor, embedding: StoredTensor, where: Path) -> Non
         )
 
 
-def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+def _stored_tensors(directory: Path, buffers: str) -> dict[str, StoredTensor]:
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.exists():
-        return read_header(whole)
+        return read_header(whole, unread=buffers)
     if not index.exists():
         raise UserError(
             f"{directory}: neither {whole.name} nor {index.name} is here; weights in other formats (pytorch_model.bin) are "
@@ -261,7 +261,7 @@ def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{index}: shard {shard!r} is not a plain file name")
         if not path.exists():
             raise UserError(f"{path}: this shard is missing; {index.name} names it")
-        for name, tensor in read_header(path).items():
+        for name, tensor in read_header(path, unread=buffers).items():
             if name in stored:
                 raise UserError(f"{path}: tensor {name} is in {stored[name].path.name}, too")
             stored[name] = tensor
