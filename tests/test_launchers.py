@@ -289,6 +289,37 @@ def test_a_job_of_slurm_that_is_told_to_leave_is_queued_again(stage, tmp_path):
     assert (tmp_path / "requeued").read_text() == "requeue 123\n"
 
 
+STUDY = ["--config=configs/studies/toy.py", "--workdir=s3://bucket/studies/a toy", "--dry_run"]
+
+
+def test_launchers_of_studies_start_the_command(stage, tmp_path):
+    slurm = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "123", "WMTP_IMAGE": "image", "WMTP_STUDIES": str(tmp_path / "studies")}
+    done, [(name, arguments, _)] = stage(["bash", "docker/launch/study_slurm.sh", *STUDY], **slurm)
+    assert done.returncode == 0 and (name, arguments) == ("python", ["-m", "wmtp_jax.study", *STUDY]), done.stderr
+    array = {"SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "3"}
+    for variables, queued in (({}, "requeue 123\n"), (array, "requeue 123\nrequeue 120_3\n")):
+        done, _ = stage(["bash", "docker/launch/study_slurm.sh", *STUDY], SRUN_CODE="143", **slurm, **variables)
+        assert done.returncode == 143 and (tmp_path / "requeued").read_text() == queued
+
+    vessl = {"VESSL_CLUSTER": "c", "VESSL_RESOURCE": "r", "IMAGE": "image", "MACHINES": "3", "AWS_SECRET_ACCESS_KEY": "hidden"}
+    done, calls = stage(["bash", "docker/launch/study_vessl.sh", *STUDY], AWS_ENDPOINT_URL="http://store", **vessl)
+    assert done.returncode == 0 and len(calls) == 3, done.stderr
+    for name, arguments, _ in calls:
+        assert name == "vessl" and arguments[:2] == ["experiment", "create"]
+        assert {word for word in arguments if word.startswith("--")} <= set(VESSL["options"]["experiment create"])
+        values = dict(zip(arguments[2::2], arguments[3::2], strict=True))
+        assert values["--secret"] == "AWS_SECRET_ACCESS_KEY=hidden" and "hidden" not in values["--command"]
+        done, [(program, inner, variables)] = stage(["bash", "-c", values["--command"]])
+        assert (program, inner) == ("python", ["-m", "wmtp_jax.study", *STUDY]) and variables["AWS_ENDPOINT_URL"] == "http://store"
+    done, calls = stage(["bash", "docker/launch/study_vessl.sh", STUDY[0], "--workdir=studies/toy"], **vessl)
+    assert (done.returncode, calls) == (2, []) and done.stderr.count("\n") == 1
+    # What they start is a study that can be run.
+    command = [sys.executable, "-m", "wmtp_jax.study", *STUDY]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "9 runs: 3 arms x 3 seeds" in done.stdout, done.stderr
+
+
 def test_jobset_gives_every_pod_its_place():
     jobset = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     [job] = jobset["spec"]["replicatedJobs"]

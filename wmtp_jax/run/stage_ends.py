@@ -69,6 +69,7 @@ def finish_model(
         pairs = bigram_metrics(stage.corpus, rows=seen, seed=config.train.seed, batches=stage.whole_evaluation_batches)
     facts = {
         "algorithm": config.weighting.algorithm,
+        "corpus": stage.corpus.hash,
         "steps": step,
         "best_step": best,
         "skipped": skipped,

@@ -107,3 +107,32 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def create_whole(path: Path, content: bytes) -> bool:
+    """Makes a file that is not there yet; False where it is. Of several processes that do so at once, one gets True.
+
+    A reader sees all of it; on a file system without hard links, none or a part for a moment.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        partial.write_bytes(content)
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (*_UNSUPPORTED, errno.EPERM, errno.EMLINK):
+            raise
+        return _create_in_place(path, content)
+    finally:
+        partial.unlink(missing_ok=True)
+    return True
+
+
+def _create_in_place(path: Path, content: bytes) -> bool:
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True

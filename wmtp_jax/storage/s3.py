@@ -334,6 +334,44 @@ def put(path: str, content: bytes) -> None:
         client().put_object(Bucket=bucket, Key=key, Body=content)
 
 
+def create(path: str, content: bytes) -> bool:
+    """Writes an object that is not there yet; False where it is. Of several processes that do so at once, one gets True.
+
+    Raises:
+      UserError: it can't be written, or the server knows no conditional writes.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(path)
+    with remote_errors(path):
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
+        except ClientError as error:
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") != 412:
+                raise
+            # An attempt whose answer was lost may have written it.
+            return client().get_object(Bucket=bucket, Key=key)["Body"].read() == content
+    return True
+
+
+def read(path: str) -> bytes | None:
+    """The content of an object; None where there is none.
+
+    Raises:
+      UserError: it can't be had.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(path)
+    with remote_errors(path):
+        try:
+            return client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        except ClientError as error:
+            if error.response.get("Error", {}).get("Code") != "NoSuchKey":
+                raise
+    return None
+
+
 def get(path: str) -> bytes:
     """The content of an object.
 

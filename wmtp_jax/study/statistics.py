@@ -194,8 +194,8 @@ def compare_arms(differences: Sequence[Sequence[float]]) -> list[Comparison | No
 
 
 def verdict(comparison: Comparison | None, *, lower_is_better: bool, difference: float) -> str:
-    """One of `VERDICTS`: better or worse where the corrected p is below `LEVEL`; else no difference larger than `difference` where
-    the 90% interval lies inside it on both sides; else not decided.
+    """One of `VERDICTS`: better or worse where the corrected p is below `LEVEL`; else no difference larger than d where the 90%
+    interval lies inside ±d; else not decided.
 
     Args:
       comparison: against the baseline.
