@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from wmtp_jax.data import bigram
 from wmtp_jax.data.bigram import Bigram, bigram_metrics
 from wmtp_jax.data.corpus import load_corpus
 from wmtp_jax.data.pipeline import distinct_training_rows, make_batch, validation_batches
@@ -78,9 +79,29 @@ def test_score_is_in_nats_a_target_and_bits_a_byte():
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-12)
 
 
-def test_no_pairs_to_count():
-    with pytest.raises(ValueError, match="no pair"):
-        Bigram([{"tokens": np.array([[1, 2]]), "segment_ids": np.array([[1, 2]])}], vocabulary_size=V)
+def test_pairs_are_merged_as_soon_as_there_are_so_many(monkeypatch):
+    """So that no more than that many, and one block's, are in memory at a time."""
+    sizes = []
+    merge = bigram._merge
+    monkeypatch.setattr(bigram, "_merge", lambda pairs, counts, more: sizes.append(len(more)) or merge(pairs, counts, more))
+    monkeypatch.setattr(bigram, "_PAIRS_AT_ONCE", 14)
+    blocks = [{"tokens": np.arange(8)[None] % V, "segment_ids": np.ones((1, 8), int)}] * 5  # 7 pairs each
+    model = Bigram(iter(blocks), vocabulary_size=V)
+    assert sizes == [14, 14, 7] and model.pairs == 7
+
+
+def test_a_head_without_a_pair_has_no_yardstick(python_corpus, tmp_path):
+    corpus = load_corpus(
+        [f"text:{python_corpus}/*.py"], sequence_length=4, vocabulary_size=300, validation_fraction=0.2,
+        cache_dir=str(tmp_path),
+    )  # fmt: skip
+    batches = list(validation_batches(corpus, batch_size=4, num_heads=4, num_batches=2))
+    found = bigram_metrics(corpus, rows=50, seed=0, batches=batches)
+    assert found["eval/ce_head_3"] is None, "rows of 4 tokens have no pair at a distance of 4"
+    assert all(found[f"eval/ce_head_{head}"] > 0 for head in range(3)) and found["eval/bits_per_byte"] > 0
+    assert Bigram([{"tokens": np.array([[1, 2]]), "segment_ids": np.array([[1, 2]])}], vocabulary_size=V).pairs == 0
+    nothing = bigram_metrics(corpus, rows=0, seed=0, batches=batches)
+    assert set(nothing.values()) == {None} and set(nothing) == set(found)
 
 
 def test_metrics_of_every_head_and_more_rows_help(python_corpus, tmp_path):

@@ -1,10 +1,19 @@
+import bz2
+import gzip
 import hashlib
 import json
+import lzma
+import shlex
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
+import pandas
 import pytest
 
 from wmtp_jax.data.documents import Document
+from wmtp_jax.data.records import read_records
 from wmtp_jax.data.scan import DROPPED, is_validation, kept_documents, read_documents, scan
 from wmtp_jax.data.sources import open_source
 from wmtp_jax.errors import UserError
@@ -37,6 +46,60 @@ def test_jsonl_reads_objects_with_text(tmp_path):
     )
     found, dropped = documents(name)
     assert [d.text for d in found] == ["é😀", "b"] and dropped["empty"] == 1
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    name = jsonl(tmp_path / "d.jsonl", mark, b'{"text": "a"}', mark + b"\r", mark + b'{"text": "b"}', mark + b" ")
+    found, dropped = documents(name)
+    assert [d.text for d in found] == ["a", "b"] and dropped["empty"] == 0
+    (tmp_path / "x.txt").write_bytes(mark)
+    assert documents(f"text:{tmp_path}/x.txt") == ([], dropped | {"empty": 1})
+    records = read_records(tmp_path / "d.jsonl")
+    assert list(records) == [(f"{tmp_path}/d.jsonl:2", {"text": "a"}), (f"{tmp_path}/d.jsonl:4", {"text": "b"})]
+
+
+def test_directories_are_taken_as_they_are_spelled_and_all_else_is_a_pattern(tmp_path):
+    (tmp_path / "[old] *" / "[ab]").mkdir(parents=True)
+    (tmp_path / "a").mkdir()
+    for place in ("[old] */one.txt", "[old] */[ab]/two.txt", "a/three.txt", "a/[1].txt"):
+        (tmp_path / place).write_text(place)
+
+    def names(pattern):
+        return [document.identity for document in documents(f"text:{tmp_path}/{pattern}")[0]]
+
+    assert names("[old] */*.txt") == ["one.txt"] and names("[old] */[ab]/*") == ["two.txt"]
+    assert names("[old] */**/*.txt") == ["[ab]/two.txt", "one.txt"] and names("[old] */one.txt") == ["one.txt"]
+    assert names("[ab]/t*.txt") == ["a/three.txt"], "there is no directory [ab] here"
+    assert names("a/[1].txt") == ["[1].txt"] and names("*/*.txt") == ["[old] */one.txt", "a/[1].txt", "a/three.txt"]
+
+
+@pytest.mark.parametrize("kind", ["gzip", "bzip2", "xz", "zip", "parquet"])
+def test_packed_files_are_told_apart_and_what_unpacks_them(tmp_path, kind):
+    path = tmp_path / "my data" / f"x.{kind}"
+    path.parent.mkdir()
+    content = b'{"text": "a"}\n'
+    match kind:
+        case "gzip":
+            path.write_bytes(gzip.compress(content))
+        case "bzip2":
+            path.write_bytes(bz2.compress(content))
+        case "xz":
+            path.write_bytes(lzma.compress(content))
+        case "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("x.jsonl", content)
+        case "parquet":
+            pandas.DataFrame({"text": ["a"]}).to_parquet(path)
+    for source in ("jsonl", "text"):
+        with pytest.raises(UserError, match=rf"(?i){path}: is an? {kind} file, which this source.*'{path}'") as caught:
+            documents(f"{source}:{path}")
+    (tmp_path / "text.txt").write_text("PAR1 and BZh and PK are text")
+    assert len(documents(f"text:{tmp_path}/text.txt")[0]) == 1
+    command = str(caught.value).partition("name that: ")[2].replace("OUTPUT.jsonl", f"'{path}.jsonl'")
+    if kind == "parquet":
+        subprocess.run(shlex.split(command.replace("python", sys.executable, 1)), check=True)
+        assert [d.text for d in documents(f"jsonl:{path}.jsonl")[0]] == ["a"]
 
 
 @pytest.mark.parametrize(

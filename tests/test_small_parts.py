@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,8 @@ from flax import nnx
 
 from wmtp_jax import cli
 from wmtp_jax.checkpoint.run_directory import check_continues, plain
-from wmtp_jax.errors import UserError, disk_errors
-from wmtp_jax.evaluation.metrics import evaluate
+from wmtp_jax.errors import UserError, check_room, disk_errors
+from wmtp_jax.evaluation.metrics import check_held_out, evaluate
 from wmtp_jax.model import Model, ModelSettings, split
 from wmtp_jax.parallel import devices
 from wmtp_jax.parallel.devices import peak_flops
@@ -61,6 +63,27 @@ def test_evaluation_counts_every_target_once_and_refuses_a_head_without_any():
     assert metrics["eval/bits_per_byte"] == pytest.approx(6.0 / 8 / np.log(2))
     with pytest.raises(UserError, match="no target for head 1"):
         evaluate(lambda batch: batch, [([2.0, 0.0], [1, 0], 4)])
+
+
+def test_held_out_batches_are_checked_as_evaluation_counts_them():
+    targets, mask = np.array([[[1, 2], [2, 0], [0, 0]]]), np.zeros((1, 3, 2), bool)
+    batches = [{"targets": targets, "mask": mask | (np.arange(3) == n)[:, None] & [True, n == 0]} for n in range(2)]
+    check_held_out(batches, np.array([1, 2, 3]))
+    with pytest.raises(UserError, match="no target for head 1"):
+        check_held_out(batches[1:], np.array([1, 2, 3]))
+    with pytest.raises(UserError, match="no target for head"):  # but special tokens, which have no bytes
+        check_held_out(batches, np.array([1, 0, 0]))
+
+
+@pytest.mark.parametrize(("size", "free"), [(0, 1.04), (int(0.06 * 2**20), 1.05), (9 * 2**20, 9.999)])
+def test_room_that_is_missing_is_seen_in_the_figures(tmp_path, monkeypatch, size, free):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=int(free * 2**20) - 2**17))
+    with pytest.raises(UserError, match="MiB are needed") as caught:
+        check_room(tmp_path, size, setting="--workdir")
+    needed, had = re.search(r"([\d.]+) MiB are needed, ([\d.]+) MiB are free", str(caught.value)).groups()
+    assert float(needed) > float(had)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size + 2**20))
+    check_room(tmp_path, size, setting="--workdir")
 
 
 def test_a_file_error_elsewhere_is_not_blamed_on_the_directory(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -236,6 +237,21 @@ def test_wrong_input_is_refused_in_one_line(finished, tiny, tmp_path):
             train(config, tmp_path / name)
         assert words in str(caught.value) and "\n" not in str(caught.value)
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_held_out_texts_shorter_than_the_heads_are_refused_before_anything_is_trained(backend, dry_run, tiny, tmp_path):
+    lines = [json.dumps({"prompt": "a", "completion": "b", "problem": str(n)}) for n in range(40)]
+    lines += [json.dumps({"prompt": f"{n} ", "completion": f"{n}"}) for n in range(40)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines))
+    config = tiny(data__sources=(f"jsonl:{tmp_path}/d.jsonl",), model__heads__count=8)
+    backends = {"jax": trainer, "torch": importlib.import_module("wmtp_torch.train")}
+    with pytest.raises(UserError, match=r"the held-out rows have no target for head \d: their texts are too short"):
+        backends[backend].train(
+            config, workdir=tmp_path / "run", run_name="test", tags={}, device="cpu", dry_run=dry_run
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_corpus_that_changed_stops_the_resume(tiny, python_corpus, tmp_path):

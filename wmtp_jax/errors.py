@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -65,9 +66,11 @@ def check_room(directory: Path, size: int, *, setting: str) -> None:
     Raises:
       UserError: there is less room than that.
     """
-    free = shutil.disk_usage(directory).free
-    if free < size + _OVERHEAD:
+    free, needed = shutil.disk_usage(directory).free, size + _OVERHEAD
+    if free < needed:
+        # Rounded apart, so that what is free never looks like enough.
+        needed_mib, free_mib = math.ceil(needed / 2**20 * 10) / 10, math.floor(free / 2**20 * 10) / 10
         raise UserError(
-            f"{directory}: no room left on its disk: {(size + _OVERHEAD) / 2**20:,.0f} MiB are needed, {free / 2**20:,.1f} MiB "
-            f"are free; make some, or name another directory in {setting}"
+            f"{directory}: no room left on its disk: {needed_mib:,.1f} MiB are needed, {free_mib:,.1f} MiB are free; make some, "
+            f"or name another directory in {setting}"
         )

@@ -23,7 +23,7 @@ class BigramScore(NamedTuple):
     tokens: int  # validation targets scored
 
 
-def bigram_metrics(corpus: Corpus, *, rows: int, seed: int, batches: Iterable[Batch]) -> dict[str, float]:
+def bigram_metrics(corpus: Corpus, *, rows: int, seed: int, batches: Iterable[Batch]) -> dict[str, float | None]:
     """The evaluation metrics of bigram models that counted what a run has trained on.
 
     Head k is matched by a model of P(x[s+1+k] | x[s]), counted on pairs at that distance.
@@ -35,17 +35,18 @@ def bigram_metrics(corpus: Corpus, *, rows: int, seed: int, batches: Iterable[Ba
       batches: the validation batches of the run; gone through once a head.
 
     Returns:
-      `eval/ce_head_{k}` in nats a token, and `eval/bits_per_byte` of head 0.
+      `eval/ce_head_{k}` in nats a token, and `eval/bits_per_byte` of head 0; None where the rows that were consumed have no
+      pair at the head's distance.
     """
     vocabulary_size, token_bytes = corpus.tokenizer.vocabulary_size, corpus.tokenizer.token_bytes
     batches = list(batches)
-    scores = []
+    scores: list[BigramScore | None] = []
     for head in range(batches[0]["mask"].shape[-1]):
         counted = distinct_training_rows(corpus, seed=seed, stop=rows)
         model = Bigram(counted, vocabulary_size=vocabulary_size, head=head)
-        scores.append(model.score(batches, token_bytes=token_bytes))
-    metrics = {f"eval/ce_head_{head}": score.nats_per_token for head, score in enumerate(scores)}
-    return metrics | {"eval/bits_per_byte": scores[0].bits_per_byte}
+        scores.append(model.score(batches, token_bytes=token_bytes) if model.pairs else None)
+    metrics = {f"eval/ce_head_{head}": score and score.nats_per_token for head, score in enumerate(scores)}
+    return metrics | {"eval/bits_per_byte": scores[0] and scores[0].bits_per_byte}
 
 
 class Bigram:
@@ -55,6 +56,9 @@ class Bigram:
     P(y) = (max(n(.y) - d, 0) + d u / V) / n(..), where n(.y) counts the distinct predecessors of y and u the y that have
     one. d = (n1 + 1) / (n1 + 2 n2 + 2) from the pairs seen once and twice. On source code it is a little better than
     Witten-Bell, Dirichlet and absolute discounting over plain frequencies. Memory grows with distinct pairs, not V².
+
+    Attributes:
+      pairs: how many distinct ones were counted; without any, there is no probability.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, np.ndarray]], *, vocabulary_size: int, head: int = 0):
@@ -64,14 +68,10 @@ class Bigram:
           rows: blocks of columns, `[n, S]` each: tokens, segment_ids, and perhaps the loss_mask of tokens that may be targets.
           vocabulary_size: V.
           head: k; the target of x[s] is x[s + 1 + k].
-
-        Raises:
-          ValueError: no pair at all.
         """
         self._vocabulary_size, self._head = vocabulary_size, head
         self._pairs, self._counts = _count_pairs(rows, vocabulary_size, head)
-        if not len(self._pairs):
-            raise ValueError("no pair of tokens to count")
+        self.pairs = len(self._pairs)
         first, second = np.divmod(self._pairs, vocabulary_size)
         once, twice = np.sum(self._counts == 1), np.sum(self._counts == 2)
         self._discount = (once + 1) / (once + 2 * twice + 2)
@@ -79,7 +79,7 @@ class Bigram:
         self._followers = np.bincount(first, minlength=vocabulary_size)
         predecessors = np.bincount(second, minlength=vocabulary_size)
         spread = self._discount * np.sum(predecessors > 0) / vocabulary_size
-        self._unigram = (np.maximum(predecessors - self._discount, 0) + spread) / predecessors.sum()
+        self._unigram = (np.maximum(predecessors - self._discount, 0) + spread) / max(self.pairs, 1)
 
     def probability(self, context: np.ndarray, target: np.ndarray) -> np.ndarray:
         """P(target | context), float64, for arrays of token ids of one shape."""

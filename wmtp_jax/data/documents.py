@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
+import os
 import unicodedata
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from wmtp_jax.data.chat import Chat
@@ -59,6 +62,19 @@ def completion_document(
     return Document(identity, prompt + completion, parts, label, side)
 
 
+def parse_lines(lines: Iterable[bytes], path: str | os.PathLike) -> Iterator[tuple[str, dict]]:
+    """The objects on lines of JSON, each after its place, "FILE:LINE"; empty lines are none.
+
+    Raises:
+      UserError: as `parse_line`.
+    """
+    for number, line in enumerate(lines, start=1):
+        # Files that editors of Windows wrote begin with a byte-order mark, and so do the parts of what was joined of them.
+        line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip():
+            yield f"{path}:{number}", parse_line(line, f"{path}:{number}")
+
+
 def parse_line(line: bytes, where: str) -> dict:
     """The object on one line of JSON.
 
@@ -70,7 +86,7 @@ def parse_line(line: bytes, where: str) -> dict:
       UserError: no UTF-8, no JSON, or no object.
     """
     try:
-        entry = json.loads(line.decode("utf-8-sig"))
+        entry = json.loads(line.decode())
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{where}: byte {error.start} of the line (0x{byte:02x}) is not UTF-8 text") from error

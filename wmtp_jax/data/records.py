@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from wmtp_jax.data.documents import parse_line
+from wmtp_jax.data.documents import parse_lines
 from wmtp_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -54,10 +54,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
             yield from _rows(path)
             return
         with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    yield where, parse_line(line, where)
+            yield from parse_lines(lines, path)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a gzip file, or cut short: {error}") from error
     except OSError as error:

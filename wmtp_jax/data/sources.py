@@ -6,15 +6,17 @@ import functools
 import glob
 import io
 import os
+import re
+import shlex
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from wmtp_jax.data.chat import Chat
-from wmtp_jax.data.documents import Document, document_of, parse_line
+from wmtp_jax.data.documents import Document, document_of, parse_lines
 from wmtp_jax.data.problems import documents
 from wmtp_jax.errors import UserError
 from wmtp_jax.storage import s3
@@ -102,13 +104,20 @@ def _glob_source(name: str, pattern: str, read: Callable[[SourceFile, Hash], Ite
     pattern = s3.local_glob(pattern) if s3.is_remote(pattern) else os.path.abspath(os.path.expanduser(pattern))
     if os.path.isdir(pattern):
         raise UserError(f"config.data.sources: {name} is a directory; name its files, as in {name.rstrip('/')}/**/*")
-    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    paths = [path for path in paths if os.path.isfile(path)]
-    if not paths:
+    root, rest = _existing_part(pattern)
+    names = [rest] if os.path.exists(os.path.join(root, rest)) else sorted(glob.glob(rest, root_dir=root, recursive=True))
+    names = [found for found in names if os.path.isfile(os.path.join(root, found))]
+    if not names:
         raise UserError(f"config.data.sources: {name}: no such file ({pattern})")
-    fixed = pattern if os.path.exists(pattern) else pattern[: min(i for i in map(pattern.find, "*?[") if i >= 0)]
-    root = os.path.dirname(fixed)
-    return Source(name, pattern, tuple(_stat(path, os.path.relpath(path, root)) for path in paths), read)
+    return Source(name, pattern, tuple(_stat(os.path.join(root, found), found) for found in names), read)
+
+
+def _existing_part(pattern: str) -> tuple[str, str]:
+    """A pattern in two: the directories that it begins with and that are there as they are spelled, `[` and all; the rest."""
+    root, *parts = Path(pattern).parts
+    while len(parts) > 1 and os.path.isdir(os.path.join(root, parts[0])):
+        root = os.path.join(root, parts.pop(0))
+    return root, os.path.join(*parts)
 
 
 def _tfds_source(name: str, spec: str) -> Source:
@@ -127,6 +136,29 @@ def _tfds_source(name: str, spec: str) -> Source:
 
     files = tuple(_stat(str(path), path.name) for path in sides)
     return Source(name, str(next(iter(sides)).parent / spec.partition("/")[2]), files, read)
+
+
+# How files begin that have to be unpacked, what they are, and what does it.
+_PACKED = {
+    rb"\x1f\x8b": ("a gzip file", "gunzip -k {path}"),
+    rb"\x28\xb5\x2f\xfd": ("a zstd file", "unzstd {path}"),
+    rb"BZh[1-9]1AY&SY": ("a bzip2 file", "bunzip2 -k {path}"),
+    rb"\xfd7zXZ\x00": ("an xz file", "unxz -k {path}"),
+    rb"PK\x03\x04": ("a zip file", "unzip {path}"),
+    rb"PAR1\x15": (
+        "a Parquet file",
+        "python -c 'import pandas, sys; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient=\"records\", lines=True)' "
+        "{path} OUTPUT.jsonl",
+    ),
+}
+
+
+def _check_text(path: str, start: bytes) -> None:
+    """UserError where a file begins as one that has to be unpacked."""
+    for magic, (kind, command) in _PACKED.items():
+        if re.match(magic, start):
+            command = command.format(path=shlex.quote(path))
+            raise UserError(f"{path}: is {kind}, which this source does not read; make text of it and name that: {command}")
 
 
 def _read_bytes(file: SourceFile, digest: Hash) -> bytes:
@@ -152,6 +184,7 @@ def _read_python(file: SourceFile, digest: Hash) -> Iterator[Document | None]:
 
 def _read_text(file: SourceFile, digest: Hash) -> Iterator[Document | None]:
     data = _read_bytes(file, digest)
+    _check_text(file.path, data[:16])
     try:
         yield Document(file.name, data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -162,12 +195,15 @@ def _read_text(file: SourceFile, digest: Hash) -> Iterator[Document | None]:
 
 
 def _read_jsonl(file: SourceFile, digest: Hash, *, label_field: str, chat: Chat) -> Iterator[Document | None]:
+    def hashed(lines: Iterable[bytes]) -> Iterator[bytes]:
+        for line in lines:
+            digest.update(line)
+            yield line
+
     try:
         with open(file.path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                digest.update(line)
-                if line.strip():
-                    where = f"{file.path}:{number}"
-                    yield document_of(parse_line(line, where), where, label_field=label_field, chat=chat)
+            _check_text(file.path, lines.peek(16)[:16])
+            for where, entry in parse_lines(hashed(lines), file.path):
+                yield document_of(entry, where, label_field=label_field, chat=chat)
     except OSError as error:
         raise UserError(f"{file.path}: cannot be read: {error.strerror}") from error

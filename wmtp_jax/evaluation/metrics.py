@@ -29,17 +29,37 @@ def evaluate(sums: Callable[[Batch], tuple[Any, Any, Any]], batches: Iterable[Ba
     """
     # Summed in float64 on the host: a sum of 1e7 float32 losses would lose its last digits.
     nats, counts, head_0_bytes = _totals(sums, batches)
-    if not counts.all() or not head_0_bytes:
-        short = int(np.argmin(counts))
-        raise UserError(
-            f"the held-out rows have no target for head {short}: their texts are too short; hold out more with "
-            "config.data.validation_fraction, or use fewer heads"
-        )
+    _check_counts(counts, head_0_bytes)
     cross_entropy = nats / counts
     metrics = {f"eval/ce_head_{k}": float(value) for k, value in enumerate(cross_entropy)}
     metrics["eval/ce_mean"] = float(cross_entropy.mean())
     metrics["eval/bits_per_byte"] = float(nats[0] / head_0_bytes / math.log(2))
     return metrics
+
+
+def check_held_out(batches: Iterable[Batch], token_bytes: np.ndarray) -> None:
+    """Refuses what `evaluate` would refuse, before anything is trained.
+
+    Args:
+      batches: at least one, of whole rows.
+      token_bytes: `[V]`, UTF-8 bytes that each token stands for.
+
+    Raises:
+      UserError: a head has no target at all.
+    """
+    counts, size = 0, 0
+    for batch in batches:
+        counts += batch["mask"].sum(axis=(0, 1))
+        size += int(token_bytes[batch["targets"][..., 0][batch["mask"][..., 0]]].sum())
+    _check_counts(np.asarray(counts), size)
+
+
+def _check_counts(counts: np.ndarray, head_0_bytes: float) -> None:
+    if not counts.all() or not head_0_bytes:
+        raise UserError(
+            f"the held-out rows have no target for head {int(np.argmin(counts))}: their texts are too short; hold out more with "
+            "config.data.validation_fraction, or use fewer heads"
+        )
 
 
 def value_metrics(sums: Callable[[Batch], tuple[Any, ...]], batches: Iterable[Batch]) -> dict[str, float]:

@@ -105,6 +105,7 @@ def _run_experiment(
     settings = last.model  # heads that the weights can't have end the run here
     backend.check_stage(last)
     print(summary.facts("data", summary.corpus_rows(corpus.summary())), flush=True)
+    last.check_held_out()
 
     # ---- what was trained before: checked here, so that a mistake costs neither a directory nor an earlier run ---------
     critic = config.weighting.needs_values

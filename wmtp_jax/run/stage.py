@@ -16,7 +16,7 @@ from wmtp_jax.checkpoint.mirror import Mirror
 from wmtp_jax.cli import StopSignals
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import rows_per_epoch, validation_batches, validation_rows
-from wmtp_jax.evaluation.metrics import evaluate, value_metrics
+from wmtp_jax.evaluation.metrics import check_held_out, evaluate, value_metrics
 from wmtp_jax.evaluation.row_kinds import row_kinds
 from wmtp_jax.evaluation.token_kinds import KINDS
 from wmtp_jax.parallel.processes import ALONE, Processes
@@ -212,6 +212,10 @@ class Stage:
     def _evaluation_batches(self, share: tuple[int, int]) -> list[Batch]:
         parts = self.config.train.accumulation
         return self._held_out(self.config.train.batch_size // parts, self.config.eval.batches * parts, share)
+
+    def check_held_out(self) -> None:
+        """UserError where the held-out rows have no target for a head."""
+        check_held_out(self.whole_evaluation_batches, self.corpus.tokenizer.token_bytes)
 
     def evaluate(
         self, sums: Callable[[Batch], tuple] | None, value_sums: Callable[[Batch], tuple] | None
