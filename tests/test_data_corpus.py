@@ -2,20 +2,26 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from wmtp_jax.data import packing, scan
+from wmtp_jax.data import corpus as corpus_module
+from wmtp_jax.data import packer, packing, scan
 from wmtp_jax.data.corpus import load_corpus
 from wmtp_jax.data.order import permute
 from wmtp_jax.data.pipeline import Batches
 from wmtp_jax.errors import UserError
-from wmtp_jax.storage import cache
+from wmtp_jax.storage import cache, long_work
+from wmtp_jax.storage.long_work import LongWork
 
 SETTINGS = dict(sequence_length=32, vocabulary_size=300, validation_fraction=0.2)
 
@@ -386,20 +392,18 @@ def test_processes_that_start_together_build_once(tmp_path):
     assert len({out for out, _ in outputs}) == 1 and sum("tokenising text:" in log for _, log in outputs) == 1
 
 
-def test_a_builder_waits_for_another_one(tmp_path, caplog):
-    import threading
-
-    caplog.set_level(logging.INFO)
+def test_a_builder_waits_for_another_one_and_says_so(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(long_work, "FIRST_SECONDS", 0.01)
     begun, go_on, calls = threading.Event(), threading.Event(), []
 
     def build(directory):
         calls.append(directory)
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         (directory / "x").write_text("done")
 
     def other():
-        begun.wait(10)
+        begun.wait(60)
         cache.make_once(tmp_path / "thing", build)
 
     threads = [
@@ -408,12 +412,51 @@ def test_a_builder_waits_for_another_one(tmp_path, caplog):
     ]
     for thread in threads:
         thread.start()
-    while "waiting for another process" not in caplog.text:
+    said = ""
+    while f"waiting for another process that is making {tmp_path}/thing: " not in said:
         assert threads[1].is_alive()
+        said += capfd.readouterr().err
     go_on.set()
     for thread in threads:
         thread.join(10)
     assert len(calls) == 1 and (tmp_path / "thing" / "x").read_text() == "done"
+
+
+def test_long_work_says_how_far_it_has_come(tmp_path, capfd, monkeypatch):
+    name, settings = write_files(tmp_path / "files"), SETTINGS | {"cache_dir": str(tmp_path / "c")}
+    monkeypatch.setattr(long_work, "FIRST_SECONDS", 1000.0)
+    load_corpus([name], **settings | {"sequence_length": 16})
+    assert capfd.readouterr().err == "", "what is short says nothing"
+    monkeypatch.setattr(long_work, "FIRST_SECONDS", 0.02)
+    monkeypatch.setattr(long_work, "EVERY_SECONDS", 0.02)
+    # As where a disk is slow and a tokenizer has much to do.
+    slow = (scan, "digest_of"), (packer, "encode_documents"), (packing, "permute"), (corpus_module, "train_bpe")
+    for module, function in slow:
+        run = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda *a, run=run, **options: time.sleep(0.05) or run(*a, **options))
+    load_corpus([name], **settings | {"vocabulary_size": 299})
+    said = capfd.readouterr().err
+    for words in (r"reading {}: 0 of 0 MB, \d s", r"tokenising {}: 0 of 0 MB, \d s", r"packing {} \(train\): 0 of 0 million .*"):
+        assert re.search("^" + words.format(re.escape(name)) + "$", said, re.M), said
+    assert re.search(r"^training a byte-level BPE of 299 tokens on 0.0 MB of text: \d s$", said, re.M)
+    assert not [thread for thread in threading.enumerate() if thread.name == "long work"]
+
+
+def test_a_line_of_long_work(capfd, monkeypatch):
+    monkeypatch.setattr(long_work, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(long_work, "EVERY_SECONDS", 0.005)
+    with pytest.raises(KeyError), LongWork("moving stones", total=12_345.6, unit="t") as work:
+        work.done = 1234.5
+        while "moving stones: 1,234 of 12,346 t, " not in capfd.readouterr().err:
+            pass
+        raise KeyError
+    count = threading.active_count()
+    monkeypatch.setattr("builtins.print", mock.Mock(side_effect=BrokenPipeError))
+    with LongWork("speaking to nobody"):
+        until = time.monotonic() + 10
+        while threading.active_count() > count and time.monotonic() < until:
+            time.sleep(0.001)
+        assert threading.active_count() == count
 
 
 def test_a_damaged_cache_is_named(tmp_path):

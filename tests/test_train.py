@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -21,7 +20,9 @@ from wmtp_jax.checkpoint.orbax import load_model
 from wmtp_jax.checkpoint.run_directory import find_checkpoint
 from wmtp_jax.cli import Stopped
 from wmtp_jax.errors import NonFiniteLoss, UserError
+from wmtp_jax.run.train import JaxBackend
 from wmtp_jax.tracking.tracker import read_metrics
+from wmtp_torch.train import TorchBackend
 
 ROOT = Path(__file__).parent.parent
 
@@ -240,17 +241,14 @@ def test_wrong_input_is_refused_in_one_line(finished, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("backend", [JaxBackend, TorchBackend], ids=["jax", "torch"])
 def test_held_out_texts_shorter_than_the_heads_are_refused_before_anything_is_trained(backend, dry_run, tiny, tmp_path):
     lines = [json.dumps({"prompt": "a", "completion": "b", "problem": str(n)}) for n in range(40)]
     lines += [json.dumps({"prompt": f"{n} ", "completion": f"{n}"}) for n in range(40)]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
     config = tiny(data__sources=(f"jsonl:{tmp_path}/d.jsonl",), model__heads__count=8)
-    backends = {"jax": trainer, "torch": importlib.import_module("wmtp_torch.train")}
     with pytest.raises(UserError, match=r"the held-out rows have no target for head \d: their texts are too short"):
-        backends[backend].train(
-            config, workdir=tmp_path / "run", run_name="test", tags={}, device="cpu", dry_run=dry_run
-        )
+        train(config, tmp_path / "run", backend, dry_run=dry_run)
     assert not (tmp_path / "run").exists()
 
 

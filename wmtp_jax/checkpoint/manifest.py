@@ -16,6 +16,7 @@ from typing import Any
 
 from wmtp_jax.errors import UserError
 from wmtp_jax.storage.files import sync, write_whole
+from wmtp_jax.storage.long_work import LongWork
 
 MANIFEST = "MANIFEST.json"
 DAMAGED = "damaged"
@@ -84,14 +85,17 @@ def problem(directory: Path) -> str:
         return str(error)
     if str(content["step"]) != directory.name.removesuffix(".partial"):
         return f"{MANIFEST} is of step {content['step']}"
-    for name, wanted in content["files"].items():
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != wanted["size"]:
-            return f"{name} has {path.stat().st_size} bytes, not {wanted['size']}"
-        if checksum(path) != wanted["crc32"]:
-            return f"{name} holds other bytes than were written"
+    total = sum(wanted["size"] for wanted in content["files"].values())
+    with LongWork(f"checking {directory}", total=total / 1e6, unit="MB") as work:
+        for name, wanted in content["files"].items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != wanted["size"]:
+                return f"{name} has {path.stat().st_size} bytes, not {wanted['size']}"
+            if checksum(path) != wanted["crc32"]:
+                return f"{name} holds other bytes than were written"
+            work.done += wanted["size"] / 1e6
     return ""
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from wmtp_jax.data.corpus import Corpus
 from wmtp_jax.data.pipeline import Batch, distinct_training_rows
 from wmtp_jax.data.targets import shift_targets
+from wmtp_jax.storage.long_work import LongWork
 
 _PAIRS_AT_ONCE = 1 << 22
 
@@ -41,12 +42,15 @@ def bigram_metrics(corpus: Corpus, *, rows: int, seed: int, batches: Iterable[Ba
     vocabulary_size, token_bytes = corpus.tokenizer.vocabulary_size, corpus.tokenizer.token_bytes
     batches = list(batches)
     scores: list[BigramScore | None] = []
-    for head in range(batches[0]["mask"].shape[-1]):
-        counted = distinct_training_rows(corpus, seed=seed, stop=rows)
-        model = Bigram(counted, vocabulary_size=vocabulary_size, head=head)
-        scores.append(model.score(batches, token_bytes=token_bytes) if model.pairs else None)
-    metrics = {f"eval/ce_head_{head}": score and score.nats_per_token for head, score in enumerate(scores)}
-    return metrics | {"eval/bits_per_byte": scores[0] and scores[0].bits_per_byte}
+    heads = batches[0]["mask"].shape[-1]
+    with LongWork("counting pairs of tokens for the bigram model", total=heads, unit="heads") as work:
+        for head in range(heads):
+            counted = distinct_training_rows(corpus, seed=seed, stop=rows)
+            model = Bigram(counted, vocabulary_size=vocabulary_size, head=head)
+            scores.append(model.score(batches, token_bytes=token_bytes) if model.pairs else None)
+            work.done += 1
+    metrics = {f"eval/ce_head_{head}": score.nats_per_token if score else None for head, score in enumerate(scores)}
+    return metrics | {"eval/bits_per_byte": scores[0].bits_per_byte if scores[0] else None}
 
 
 class Bigram:

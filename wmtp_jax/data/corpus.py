@@ -21,6 +21,7 @@ from wmtp_jax.data.scan import SPLITS, Scan, kept_documents, scan
 from wmtp_jax.data.sources import Source, open_source
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.storage import cache
+from wmtp_jax.storage.long_work import LongWork
 from wmtp_jax.tokenizer.tokenizer import MIN_BPE_VOCABULARY, Tokenizer, load_tokenizer, train_bpe
 
 _log = logging.getLogger(__name__)
@@ -284,7 +285,8 @@ def _trained_tokenizer(root: Path, sample: list[str], vocabulary_size: int) -> T
     def build(partial: Path) -> None:
         megabytes = sum(map(len, sample)) / 1e6
         _log.info("training a byte-level BPE of %d tokens on %.1f MB of text", vocabulary_size, megabytes)
-        trained = train_bpe(sample, vocabulary_size=vocabulary_size)
+        with LongWork(f"training a byte-level BPE of {vocabulary_size:,} tokens on {megabytes:.1f} MB of text"):
+            trained = train_bpe(sample, vocabulary_size=vocabulary_size)
         if trained.vocabulary_size < vocabulary_size:
             _log.warning("the sources give only %d tokens of %d", trained.vocabulary_size, vocabulary_size)
         trained.save(partial)
@@ -307,13 +309,13 @@ def _pack(
     for number, source in enumerate(sources):
         packer = SourcePacker(tokenizer, sequence_length, scratch, failed_in_loss=failed_in_loss)
         _log.info("tokenising %s: %d files", source.name, len(source.files))
-        for batch in _batches(kept_documents(source, number, found)):
+        for batch in _batches(kept_documents(source, number, found, doing="tokenising")):
             packer.add(batch)
         packer.check(source.name)
         labelled = found.traits[number].labelled
         written = [*columns, "labels"] if labelled else columns
         manifest["counts"].append(
-            packer.write(written, lambda side, number=number: _column_paths(directory, number, side))
+            packer.write(source.name, written, lambda side, number=number: _column_paths(directory, number, side))
         )
         manifest["too_long"].append(len(packer.too_long))
         too_long += packer.too_long

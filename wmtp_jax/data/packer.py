@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from wmtp_jax.data import packing
 from wmtp_jax.data.documents import Document
 from wmtp_jax.data.scan import SPLITS
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage.long_work import LongWork
 from wmtp_jax.tokenizer.tokenizer import Part, Tokenizer
 
 
@@ -53,21 +54,31 @@ class SourcePacker:
         if not self._stores["train"].documents and self.too_long:
             raise UserError(too_long_message(f"all training documents of {name}", self._sequence_length, self.too_long))
 
-    def write(self, columns: list[str], paths_of: Callable[[str], Callable[[str], Path]]) -> dict[str, dict[str, int]]:
-        """Writes the rows of both sides; returns the counts of each."""
+    def write(
+        self, name: str, columns: list[str], paths_of: Callable[[str], Callable[[str], Path]]
+    ) -> dict[str, dict[str, int]]:
+        """Writes the rows of each side of the source `name`; returns their counts."""
         counts = {}
         for side, store in self._stores.items():
-            rows = packing.write_columns(
-                paths_of(side),
-                packing.pack(
-                    store.shuffled(), sequence_length=self._sequence_length, begin=self._tokenizer.begin_of_text_id
-                ),
-                dtypes={name: self._dtypes[name] for name in columns}, sequence_length=self._sequence_length,
-            )  # fmt: skip
+            with LongWork(f"packing {name} ({side})", total=store.tokens / 1e6, unit="million tokens") as work:
+                documents = _counted(store.shuffled(), work)
+                begin = self._tokenizer.begin_of_text_id
+                rows = packing.write_columns(
+                    paths_of(side),
+                    packing.pack(documents, sequence_length=self._sequence_length, begin=begin),
+                    dtypes={column: self._dtypes[column] for column in columns},
+                    sequence_length=self._sequence_length,
+                )
             size = self._sizes[side]
             counts[side] = {"documents": store.documents, "tokens": store.tokens, "bytes": size, "rows": rows}
             store.close()
         return counts
+
+
+def _counted(documents: Iterable[packing.Packable], work: LongWork) -> Iterator[packing.Packable]:
+    for document in documents:
+        yield document
+        work.done += len(document.tokens) / 1e6
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -16,6 +16,7 @@ import numpy as np
 from wmtp_jax.data.documents import Document, digest_of, text_key
 from wmtp_jax.data.sources import Source
 from wmtp_jax.errors import UserError
+from wmtp_jax.storage.long_work import LongWork
 
 SPLITS = ("train", "validation")
 DROPPED = ("duplicate", "contradictory", "empty", "undecodable")
@@ -125,23 +126,43 @@ def side_of(document: Document, *, validation_fraction: float) -> str:
     return "validation" if is_validation(identity, validation_fraction) else "train"
 
 
-def read_documents(source: Source, dropped: dict[str, int], on_file: Callable[[str], None]) -> Iterator[Document]:
+def read_documents(
+    source: Source, dropped: dict[str, int], on_file: Callable[[str], None], *, doing: str = "reading"
+) -> Iterator[Document]:
     """The documents of a source that hold text.
 
     Args:
       dropped: counts of those left out, added to.
       on_file: called with the content hash of each file after its last document.
+      doing: what the caller does with them, for the lines that say how far it has come.
     """
-    for file in source.files:
-        digest = hashlib.blake2b(digest_size=16)
-        for document in source.read(file, digest):
-            if document is None:
-                dropped["undecodable"] += 1
-            elif not document.text.strip():
-                dropped["empty"] += 1
-            else:
-                yield document
-        on_file(digest.hexdigest())
+    total = sum(file.size for file in source.files)
+    with LongWork(f"{doing} {source.name}", total=total / 1e6, unit="MB") as work:
+        for file in source.files:
+            digest = _CountedHash(work)
+            for document in source.read(file, digest):
+                if document is None:
+                    dropped["undecodable"] += 1
+                elif not document.text.strip():
+                    dropped["empty"] += 1
+                else:
+                    yield document
+            on_file(digest.hexdigest())
+
+
+class _CountedHash:
+    """A hash of content that counts the bytes it is fed as work done."""
+
+    def __init__(self, work: LongWork):
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._work = work
+
+    def update(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._work.done += len(data) / 1e6
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def scan(sources: Sequence[Source], *, validation_fraction: float, sample_bytes: int, scratch: Path) -> Scan:
@@ -173,7 +194,8 @@ def scan(sources: Sequence[Source], *, validation_fraction: float, sample_bytes:
         writer.flush()
         # The mapping keeps the unnamed file alive.
         records = np.memmap(file, _RECORD, "r+", shape=(writer.count,)) if writer.count else np.zeros(0, _RECORD)
-    verdicts = choose_copies(records)
+    with LongWork(f"looking for copies among {len(records):,} texts"):
+        verdicts = choose_copies(records)
     keep = verdicts == _KEPT
     content, joined_hash = hashlib.sha256(), hashlib.sha256()
     labels = hashlib.sha256()
@@ -202,11 +224,14 @@ def scan(sources: Sequence[Source], *, validation_fraction: float, sample_bytes:
     return result
 
 
-def kept_documents(source: Source, number: int, found: Scan) -> Iterator[tuple[str, bool, Document]]:
+def kept_documents(
+    source: Source, number: int, found: Scan, *, doing: str = "reading"
+) -> Iterator[tuple[str, bool, Document]]:
     """The documents of a source that a scan kept, each with its side and whether it stays behind the one before it.
 
     Args:
       number: of the source, in the scan.
+      doing: as `read_documents` takes it.
 
     Raises:
       UserError: a file is not what it was when it was scanned.
@@ -214,7 +239,7 @@ def kept_documents(source: Source, number: int, found: Scan) -> Iterator[tuple[s
     record = int(np.searchsorted(found.records["source"], number))
     end = int(np.searchsorted(found.records["source"], number, side="right"))
     joined = True
-    for document in read_documents(source, dict.fromkeys(DROPPED, 0), lambda content: None):
+    for document in read_documents(source, dict.fromkeys(DROPPED, 0), lambda content: None, doing=doing):
         known = found.records[record] if record < end else None
         if known is None or digest_of(document) != known.tobytes()[:16]:
             raise UserError(f"{source.name}: a file changed while it was being read; start again")

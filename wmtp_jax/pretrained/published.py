@@ -17,6 +17,7 @@ import numpy as np
 
 from wmtp_jax.errors import UserError
 from wmtp_jax.settings import ModelSettings
+from wmtp_jax.storage.long_work import LongWork
 
 Shape = tuple[int, ...]
 SEQUENTIAL_NORMS = ("embedding_norm", "hidden_norm", "output_norm")
@@ -54,12 +55,14 @@ class Published:
     def key(self) -> str:
         """A hash of every byte of the files: 0.1 s for 145 MB."""
         digest = hashlib.blake2b(digest_size=16)
-        for path in self.files:
-            try:
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
-            except OSError as error:
-                raise UserError(f"{path}: can't be read: {error.strerror}") from error
+        with LongWork(f"hashing {self.path}", total=len(self.files), unit="files") as work:
+            for path in self.files:
+                try:
+                    with path.open("rb") as file:
+                        digest.update(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest())
+                except OSError as error:
+                    raise UserError(f"{path}: can't be read: {error.strerror}") from error
+                work.done += 1
         return digest.hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import secrets
 import shutil
@@ -11,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from wmtp_jax.storage import files
+from wmtp_jax.storage.long_work import LongWork
 
-_log = logging.getLogger(__name__)
 _PARTIAL = ".partial"
 
 
@@ -75,8 +74,8 @@ def _lock(directory: Path, *, wait: bool) -> Iterator[bool]:
             if not wait:
                 yield False
                 return
-            _log.info("waiting for another process that is making %s", directory)
-            held = stack.enter_context(files.locked(lock, wait=True))
+            with LongWork(f"waiting for another process that is making {directory}"):
+                held = stack.enter_context(files.locked(lock, wait=True))
         yield held
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.storage.cache import cache_directory, make_once
+from wmtp_jax.storage.long_work import LongWork
 from wmtp_jax.storage.redact import redact
 
 # What `Path` makes of it has lost a slash.
@@ -293,8 +294,10 @@ def download(path: str, directory: Path, objects: Iterable[Stored]) -> None:
         for stored, target in targets.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             futures.append(transfers.download(bucket, "/".join(filter(None, (key, stored.name))), str(target)))
-        for future in futures:
-            future.result()
+        with LongWork(f"fetching {path}", total=sum(stored.size for stored in objects) / 1e6, unit="MB") as work:
+            for stored, future in zip(targets, futures, strict=True):
+                future.result()
+                work.done += stored.size / 1e6
     for stored, target in targets.items():
         if target.stat().st_size != stored.size or not _matches(target, stored, bucket, key):
             raise Transient(f"{join(path, stored.name)}: other bytes came than lie there; try again")

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from wmtp_jax.data.corpus import Corpus, PackedSource
 from wmtp_jax.data.scan import SPLITS
 from wmtp_jax.errors import UserError, disk_errors
 from wmtp_jax.storage import cache
+from wmtp_jax.storage.long_work import LongWork
 from wmtp_jax.stored.reference_losses import in_parts, kept_parts, row_batches
 from wmtp_jax.tokenizer.tokenizer import Tokenizer
 
@@ -223,11 +224,15 @@ def _build(corpus: Corpus, source: RewardSource, directory: Path, parts: Path) -
 
 def _numbers(packed: PackedSource, side: str, source: RewardSource, parts: Path, name: str) -> np.ndarray:
     """The rewards of one side's segments as the source gives them, float64 `[segments]`."""
-    results = (
-        functools.partial(source.score, tokens, segment_ids, labels)
-        for _, tokens, segment_ids, labels in row_batches(packed, side, source.batch_rows)
-    )
-    numbers = np.concatenate([np.zeros(0), *in_parts(parts, name, results)])
+    rows = len(packed.train if side == "train" else packed.validation)
+    with LongWork(f"rewards of {packed.name} ({side})", total=rows, unit="rows") as work:
+
+        def results() -> Iterator[Callable[[], np.ndarray]]:
+            for count, tokens, segment_ids, labels in row_batches(packed, side, source.batch_rows):
+                yield functools.partial(source.score, tokens, segment_ids, labels)
+                work.done += count
+
+        numbers = np.concatenate([np.zeros(0), *in_parts(parts, name, results())])
     if source.name == "unit_tests" and np.isnan(numbers).any():
         missing = int(np.isnan(numbers).sum())
         raise UserError(
